@@ -1,0 +1,27 @@
+"""Labels in every form that users keep them in, as one target array."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def targets(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Returns labels as float32 targets T of `shape` [..., j]: 1 where class j is present.
+
+    Class numbers have the shape [...], one-hot and k-hot labels the shape [..., j]; the number of
+    axes tells them apart.
+
+    Raises:
+      ValueError: if `labels` has neither shape, or holds class numbers that are not integers.
+    """
+    labels = jnp.asarray(labels)
+    if labels.shape == shape:
+        return labels.astype(jnp.float32)
+    if labels.shape != shape[:-1]:
+        raise ValueError(
+            f"labels: expected class numbers of shape {list(shape[:-1])} or one-hot labels of "
+            f"shape {list(shape)}, got {list(labels.shape)}"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels: class numbers must be integers, got {labels.dtype}")
+    return jax.nn.one_hot(labels, shape[-1], dtype=jnp.float32)

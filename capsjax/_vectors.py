@@ -1,0 +1,101 @@
+"""One capsule vector: its length, and the squashing nonlinearity.
+
+Both are safe at zero. d|s|/ds = s/|s| has no value there, and `s / (|s| + eps)` hides that in the
+value only, not in the gradient; so a zero vector takes its own branch, and its gradient is 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns `x` in the dtype that sums run in: float32, or wider if `x` is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def float_dtype(x: jax.Array) -> jnp.dtype:
+    """Returns the dtype of results for an input `x`: its own, or float32 for integers."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+
+
+def length(x: ArrayLike, axis: int = -1, *, keepdims: bool = False) -> jax.Array:
+    """The Euclidean length of vectors, |x| = √(Σ x²), with gradient 0 at x = 0.
+
+    Args:
+      x: vectors along `axis`, of any shape and float dtype; sums run in float32.
+      axis: the axis of a vector's components.
+      keepdims: keeps `axis` with size 1.
+
+    Returns:
+      The lengths, without `axis`, in the dtype of `x`. Squares under 1e-38 count as zero.
+
+    Raises:
+      ValueError: if `x` has no such axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, capsjax
+      >>> float(capsjax.length(jnp.array([3.0, 4.0])))
+      5.0
+      >>> jax.grad(capsjax.length)(jnp.zeros(2)).tolist()
+      [0.0, 0.0]
+
+    References:
+      Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829, §2.
+    """
+    x = jnp.asarray(x)
+    _check_axis("length", x, axis)
+    square = jnp.sum(jnp.square(at_least_float32(x)), axis, keepdims=keepdims)
+    positive = square > 0
+    # Both branches of `where` are differentiated: √ must never see a 0.
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    return norm.astype(float_dtype(x))
+
+
+def squash(s: ArrayLike, axis: int = -1) -> jax.Array:
+    """Shrinks vectors to a length below 1 and keeps their direction (eq. 1).
+
+    v = |s|² / (1 + |s|²) · s / |s|
+
+    Args:
+      s: vectors along `axis`, of any shape and float dtype; finite up to |s| = 1e18.
+      axis: the axis of a vector's components.
+
+    Returns:
+      v, of the shape and dtype of `s`; zero where `s` is, with gradient 0 there.
+
+    Raises:
+      ValueError: if `s` has no such axis.
+
+    Example:
+      >>> import jax.numpy as jnp, capsjax
+      >>> capsjax.squash(jnp.array([3.0, 0.0, 0.0])).tolist()
+      [0.8999999761581421, 0.0, 0.0]
+
+    References:
+      Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829, eq. 1.
+    """
+    s = jnp.asarray(s)
+    _check_axis("squash", s, axis)
+    s32 = at_least_float32(s)
+    return (s32 * _squash_factor(length(s32, axis, keepdims=True))).astype(float_dtype(s))
+
+
+@jax.custom_jvp
+def _squash_factor(norm: jax.Array) -> jax.Array:
+    """|s| / (1 + |s|²), what s is multiplied by."""
+    return norm / (1 + norm * norm)
+
+
+@_squash_factor.defjvp
+def _squash_factor_jvp(primals, tangents):
+    (norm,), (tangent,) = primals, tangents
+    # The quotient rule would square 1 + |s|², which overflows from |s| = 1e10 on.
+    inverse = 1 / (1 + norm * norm)
+    slope = inverse * (1 - 2 * norm * norm * inverse)
+    return norm * inverse, slope * tangent
+
+
+def _check_axis(function: str, x: jax.Array, axis: int) -> None:
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{function}: axis {axis} of an array of shape {list(x.shape)}")

@@ -1,0 +1,89 @@
+"""Devices: the mesh, and where arrays lie on it."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+
+
+def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
+    """A mesh of one axis, `data`, over which the batch is split.
+
+    Args:
+      batch_size: examples in a batch, over all devices.
+      devices: how many to use; None: the largest number of them that divides `batch_size`.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      ValueError: if there are fewer devices, or their number does not divide `batch_size`.
+
+    Example:
+      >>> from capsjax.sharding import make_mesh
+      >>> make_mesh(128, 1).shape["data"]
+      1
+    """
+    found = jax.devices()
+    if devices is None:
+        devices = max(n for n in range(1, len(found) + 1) if batch_size % n == 0)
+    if not 1 <= devices <= len(found):
+        raise ValueError(
+            f"{devices} devices asked for, {len(found)} found ({found[0].platform}); set "
+            f"JAX_NUM_CPU_DEVICES={devices} to split a CPU"
+        )
+    if batch_size % devices:
+        raise ValueError(f"{devices} devices do not divide a batch of {batch_size} images evenly")
+    # CapsNet's reshapes join axes, which Explicit axes, the default, refuse.
+    return jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=found[:devices])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole: parameters and data set."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The sharding of what is split over the devices along its first axis: a batch."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Puts one whole copy of `array` on every device of the mesh.
+
+    Args:
+      mesh: from `make_mesh`.
+      array: any array of the host.
+
+    Returns:
+      The array on the devices.
+
+    Raises:
+      ValueError: if it takes more memory than a device has, with both sizes.
+
+    Example:
+      >>> import numpy as np
+      >>> from capsjax.sharding import make_mesh, replicate
+      >>> replicate(make_mesh(128, 1), np.zeros((60000, 28, 28, 1), np.uint8)).nbytes
+      47040000
+    """
+    device = mesh.devices.flat[0]
+    copies = mesh.devices.size if device.platform == "cpu" else 1  # these share the host's memory
+    memory = _memory(device)
+    if array.nbytes * copies > memory:
+        raise ValueError(
+            f"the images take {array.nbytes * copies / 2**30:.1f} GiB and {device.device_kind} has "
+            f"{memory / 2**30:.1f} GiB: use fewer (--train-size) or smaller images"
+        )
+    return jax.device_put(array, replicated(mesh))
+
+
+def _memory(device: jax.Device) -> int:
+    """Bytes that the device may use; for the CPU, the host's memory."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

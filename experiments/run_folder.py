@@ -1,0 +1,114 @@
+"""The folder of a run: config.json, written first, and metrics.csv, a row an epoch."""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+_SPLITS = ("train", "validation", "test")
+_FIGURES = ("loss", "margin", "reconstruction", "error")
+COLUMNS = (
+    *("epoch", "step", "learning_rate"),
+    *(f"{split}_{figure}" for split in _SPLITS for figure in _FIGURES),
+    *("seconds", "images_per_second"),
+)
+
+
+def create(folder: Path | None, dataset: str) -> Path:
+    """Makes the folder of a new run; None names it after the data set and the time.
+
+    Raises:
+      ValueError: if it holds a run already, or is a file.
+      OSError: if it cannot be made or written.
+    """
+    if folder is None:
+        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path("runs") / f"{dataset.replace('/', '-')}-{time}"
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a run already: go on with it (--resume {folder}) or name another "
+            "folder (--save-dir)"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--save-dir {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Writes config.json, whole or not at all."""
+    _write(folder / "config.json", lambda file: json.dump(config, file, indent=2))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+      ValueError: if there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no config.json in it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, an epoch each; none if there is no such file yet."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes metrics.csv, whole or not at all."""
+
+    def write(file: TextIO) -> None:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+    _write(folder / "metrics.csv", write)
+
+
+def provenance() -> dict[str, Any]:
+    """What made a run, besides its settings: versions, machine, revision of the code."""
+    packages = ("capsjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
+        "cores": os.cpu_count(),
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write(path: Path, write: Callable[[TextIO], None]) -> None:
+    """Writes beside the file, then takes its place: a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
