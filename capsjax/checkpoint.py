@@ -112,9 +112,7 @@ class Checkpoints:
         return self.last() if step is None else self._read(step)
 
     def _read(self, step: int) -> Checkpoint:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore())
         try:
             read = self._manager.restore(step, args=items)
             arrays, digests = dict(read.state), read.notes["digests"]

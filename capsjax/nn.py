@@ -1,5 +1,6 @@
 """Flax NNX modules: they hold the parameters and call the functions."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -281,6 +282,14 @@ class CapsNet(nnx.Module):
         pixels = decode(layers, mask(capsules, labels))
         return CapsNetOutput(length(capsules), capsules, pixels.reshape(images.shape))
 
+    def check_images(self, images: jax.Array) -> None:
+        """Raises ValueError unless images are [..., H, W, C] of this network's size."""
+        if images.shape[-3:] != self.image_shape:
+            raise ValueError(
+                f"CapsNet: expected images [..., {', '.join(map(str, self.image_shape))}], "
+                f"got {list(images.shape)}"
+            )
+
 
 def predict(model: CapsNet, images: ArrayLike) -> Prediction:
     """Classifies one image or many, and draws what the network saw.
@@ -309,7 +318,14 @@ def predict(model: CapsNet, images: ArrayLike) -> Prediction:
     images = jnp.asarray(images)
     if model.image_shape[-1] == 1 and images.shape[-2:] == model.image_shape[:2]:
         images = images[..., None]
-    output = model(pixels_to_unit(images))
+    model.check_images(images)
+    return _predict(*nnx.split(model), images)
+
+
+# Jitted, unlike the functions that it is made of: op by op it would compile a hundred times.
+@partial(jax.jit, static_argnums=0)
+def _predict(graphdef: nnx.GraphDef, params: nnx.State, images: jax.Array) -> Prediction:
+    output = nnx.merge(graphdef, params)(pixels_to_unit(images))
     classes = jnp.argmax(output.lengths, -1).astype(jnp.int32)
     return Prediction(classes, output.lengths, output.reconstruction)
 

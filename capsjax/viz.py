@@ -197,7 +197,7 @@ def perturbations(images: ArrayLike, offsets: ArrayLike, *, title: str) -> Figur
         for n, size in ((numbers, height), (moves, width))
     ]
     axes.set_yticks(centres[0], [str(d + 1) for d in range(numbers)], fontproperties=_FONT)
-    axes.set_xticks(centres[1], [_signed(offset) for offset in offsets], fontproperties=_FONT)
+    axes.set_xticks(centres[1], [f"{offset:+.2f}" for offset in offsets], fontproperties=_FONT)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("added to the number", fontproperties=_FONT)

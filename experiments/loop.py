@@ -1,25 +1,24 @@
-"""The loop that experiments share: epochs of steps, evaluation, checkpoints, and how it ends."""
+"""The loop of a run: epochs of steps, evaluation, checkpoints, and how it ends."""
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import run_folder
+import start
 from capsjax import sharding
-from capsjax.checkpoint import Checkpoints
-from capsjax.data import Dataset
-from capsjax.train import Metrics, Recipe, Report, TrainState, jit_steps
+from capsjax.checkpoint import Checkpoints, fill
+from capsjax.train import Metrics, Report, TrainState, jit_steps
+from plan import Plan
 
 # Steps in flight: enough to keep a GPU busy while the host reads results; on a mesh of CPU devices
 # more than about 16 steps that nobody waits for abort the process.
@@ -30,40 +29,28 @@ class Diverged(ArithmeticError):
     """A loss or a gradient stopped being a finite number."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is fixed before the first step."""
-
-    recipe: Recipe
-    schedule: Callable[[int], Any]  # step -> learning rate
-    mesh: jax.sharding.Mesh
-    dataset: Dataset
-    train_indices: np.ndarray  # int32, into x_train
-    validation_indices: np.ndarray
-    batch_size: int
-    epochs: int
-    seed: int
-    checkpoint_steps: int
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch; a last, smaller batch is dropped."""
-        return len(self.train_indices) // self.batch_size
-
-
-class Evaluation(NamedTuple):
-    """Figures of one network on one set of images."""
+class Figures(NamedTuple):
+    """Means over a set of images."""
 
     margin: float
     reconstruction: float
     wrong: int
     examples: int
-    classes: np.ndarray  # int32 [examples]: what each image was taken for
+    classes: np.ndarray  # int32: what each image was taken for; empty in training
+
+    @classmethod
+    def of(cls, sums: Metrics, classes: np.ndarray) -> "Figures":
+        n = int(sums.examples)
+        margin, reconstruction = float(sums.margin) / n, float(sums.reconstruction) / n
+        return cls(margin, reconstruction, n - int(sums.correct), n, classes)
 
     @property
     def error(self) -> float:
         """Percent."""
         return 100 * self.wrong / self.examples
+
+    def loss(self, lam_recon: float) -> float:
+        return self.margin + lam_recon * self.reconstruction
 
 
 class Runner:
@@ -75,14 +62,15 @@ class Runner:
         data = plan.dataset
         self._train_set = self._place(data.x_train, data.y_train)
         self._test_set = self._place(data.x_test, data.y_test)
-        self._key = jax.random.key(plan.seed)
+        self._key = jax.random.key(plan.settings.recipe.seed)
 
     def train(
-        self, folder: Path, state: TrainState, notes: dict[str, Any], checkpoints: Checkpoints
-    ) -> tuple[TrainState, Evaluation | None]:
+        self, folder: Path, state: TrainState, notes: dict[str, Any]
+    ) -> tuple[TrainState, Figures]:
         """Trains from `state` to the last epoch.
 
-        Returns the last state, and its evaluation on the test images if an epoch was left to do.
+        Returns the last state, or the best on the validation images if there are any, and its
+        figures on the test images.
 
         Raises:
           Diverged: at the first step with a loss or gradient that is not finite.
@@ -90,75 +78,72 @@ class Runner:
         """
         plan, test = self.plan, None
         state = jax.device_put(state, sharding.replicated(plan.mesh))
-        done = int(state.step) // plan.steps
+        done, epochs = int(state.step) // plan.steps, plan.settings.recipe.epochs
         rows: list[dict[str, Any]] = [*run_folder.read_rows(folder)[:done]]
         seconds = notes.get("seconds", 0.0)
-        with stop_signals() as stopped:
-            for epoch in range(done, plan.epochs):
+        with start.checkpoints(folder) as checkpoints, stop_signals() as stopped:
+            for epoch in range(done, epochs):
                 state, seconds = self._epoch(epoch, state, seconds, checkpoints, stopped)
                 held_out = plan.validation_indices
                 validation = self.evaluate(state.params, held_out) if len(held_out) else None
                 test = self.evaluate(state.params)
                 rows.append(self._row(epoch, state, validation, test, seconds))
-                # The row before its checkpoint: a run killed between them does the epoch's rest
-                # again and writes its row again; the other way round the row would be lost.
+                # The row before its checkpoint: a run killed between them does the end of the
+                # epoch again, and its row; the other way round the row would be lost.
                 run_folder.write_rows(folder, rows)
                 state, seconds = state._replace(sums=Metrics.zeros()), 0.0
                 error = validation.error / 100 if validation else None
                 checkpoints.save(state, {"seconds": seconds}, error)
-                tqdm.write(_summary(rows[-1], plan.epochs))
-        return state, test
+                tqdm.write(_summary(rows[-1], epochs))
+            if len(plan.validation_indices):
+                checkpoints.wait()
+                best = checkpoints.best()
+                print(f"best on the validation images: epoch {best.step // plan.steps}")
+                state, test = fill(state, best.arrays), None
+        return state, test or self.evaluate(state.params)
 
-    def evaluate(self, params: Any, train_indices: np.ndarray | None = None) -> Evaluation:
+    def evaluate(self, params: Any, train_indices: np.ndarray | None = None) -> Figures:
         """Evaluates on the test images, or on some of the training images."""
         images, labels = self._test_set if train_indices is None else self._train_set
         indices = np.arange(len(labels), dtype=np.int32) if train_indices is None else train_indices
-        size = self.plan.batch_size
+        size = self.plan.settings.recipe.batch_size
         filled = -len(indices) % size  # the last batch is filled up with images that do not count
         batches = np.pad(indices, (0, filled)).reshape(-1, size)
         counts = (np.arange(batches.size) < len(indices)).reshape(batches.shape)
         results = []
         for batch, counted in zip(batches, counts, strict=True):
             results.append(self._evaluate(params, images, labels, batch, counted))
-            if len(results) > _IN_FLIGHT:
-                jax.block_until_ready(results[-1 - _IN_FLIGHT])
+            jax.block_until_ready(results[-_IN_FLIGHT:][0])
         metrics, classes = zip(*jax.device_get(results), strict=True)
         sums = Metrics(*(sum(values) for values in zip(*metrics, strict=True)))
-        n = int(sums.examples)
-        return Evaluation(
-            margin=float(sums.margin) / n,
-            reconstruction=float(sums.reconstruction) / n,
-            wrong=n - int(sums.correct),
-            examples=n,
-            classes=np.concatenate(classes)[: len(indices)],
-        )
+        return Figures.of(sums, np.concatenate(classes)[: len(indices)])
 
-    def _epoch(self, epoch, state, seconds, checkpoints, stopped) -> tuple[TrainState, float]:
-        """Does the steps that are left of an epoch; the epoch's seconds so far come and go."""
-        plan = self.plan
+    def _epoch(
+        self,
+        epoch: int,
+        state: TrainState,
+        seconds: float,
+        checkpoints: Checkpoints,
+        stopped: list[int],
+    ) -> tuple[TrainState, float]:
+        """Does the steps that are left of an epoch; `seconds` are the epoch's so far."""
+        plan, every = self.plan, self.plan.settings.run.checkpoint_steps
         first = int(state.step) - epoch * plan.steps
-        batches = epoch_order(plan, epoch)[first:]
         in_flight: deque[Report] = deque()
-        bar = tqdm(
-            desc=f"epoch {epoch + 1}/{plan.epochs}",
-            total=plan.steps * plan.batch_size,
-            initial=first * plan.batch_size,
-            unit=" images",
-            leave=False,
-            disable=None,
-        )
-        start = time.perf_counter() - seconds
-        with bar:
-            for number, batch in enumerate(batches, first + 1):
+        begin = time.perf_counter() - seconds
+        with self._bar(epoch, first) as bar:
+            for number, batch in enumerate(plan.epoch_order(epoch)[first:], first + 1):
                 state, report = self._train(state, self._key, *self._train_set, batch)
                 in_flight.append(report)
-                due = number % plan.checkpoint_steps == 0 or stopped or number == plan.steps
-                while len(in_flight) > (0 if due else _IN_FLIGHT):
+                ends = number == plan.steps
+                due = not ends and (bool(stopped) or number % every == 0)
+                # A state is saved only after every step that led to it was found finite.
+                while len(in_flight) > (0 if ends or due else _IN_FLIGHT):
                     self._read(in_flight.popleft(), bar)
-                seconds = time.perf_counter() - start
-                if stopped or (due and number < plan.steps):
+                seconds = time.perf_counter() - begin
+                if due:
                     checkpoints.save(state, {"seconds": seconds})
-                if stopped:
+                if due and stopped:
                     checkpoints.wait()
                     raise SystemExit(128 + stopped[0])
         return state, seconds
@@ -166,56 +151,60 @@ class Runner:
     def _read(self, report: Report, bar: tqdm) -> None:
         """Shows a step's figures, or stops the run over them."""
         report = jax.device_get(report)
-        n = self.plan.batch_size
-        margin, reconstruction = (float(value) / n for value in report.metrics[:2])
+        figures = Figures.of(report.metrics, np.empty(0))
         for quantity, value in (
-            ("margin loss", margin),
-            ("reconstruction loss", reconstruction),
+            ("margin loss", figures.margin),
+            ("reconstruction loss", figures.reconstruction),
             ("gradient", float(report.gradient)),
         ):
             if not math.isfinite(value):
                 raise Diverged(f"step {report.step}: the {quantity} is {value}")
         bar.set_postfix(
-            loss=f"{margin + self.plan.recipe.lam_recon * reconstruction:.4f}",
-            accuracy=f"{100 * int(report.metrics.correct) / n:.1f} %",
+            loss=f"{figures.loss(self.plan.recipe.lam_recon):.4f}",
+            accuracy=f"{100 - figures.error:.1f} %",
             refresh=False,
         )
-        bar.update(n)
+        bar.update(figures.examples)
 
-    def _row(self, epoch, state, validation, test, seconds) -> dict[str, Any]:
-        """The epoch's row of metrics.csv: errors in percent, losses as means over examples."""
-        plan = self.plan
-        sums = jax.device_get(state.sums)
-        n = int(sums.examples)
-        train = Evaluation(
-            float(sums.margin) / n, float(sums.reconstruction) / n, n - int(sums.correct), n, None
+    def _bar(self, epoch: int, first: int) -> tqdm:
+        size = self.plan.settings.recipe.batch_size
+        return tqdm(
+            desc=f"epoch {epoch + 1}/{self.plan.settings.recipe.epochs}",
+            total=self.plan.steps * size,
+            initial=first * size,
+            unit=" images",
+            leave=False,
+            disable=None,  # no bar where nobody watches
         )
+
+    def _row(
+        self,
+        epoch: int,
+        state: TrainState,
+        validation: Figures | None,
+        test: Figures,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """The epoch's row of metrics.csv: losses are means over images, errors percent."""
+        train = Figures.of(jax.device_get(state.sums), np.empty(0))
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": int(state.step),
-            "learning_rate": f"{float(plan.schedule(epoch * plan.steps)):.6g}",
+            "learning_rate": f"{float(self.plan.schedule(epoch * self.plan.steps)):.6g}",
             "seconds": f"{seconds:.2f}",
-            "images_per_second": f"{n / seconds:.1f}",
+            "images_per_second": f"{train.examples / seconds:.1f}",
         }
         for split, figures in (("train", train), ("validation", validation), ("test", test)):
-            if figures is None:
-                continue
-            loss = figures.margin + plan.recipe.lam_recon * figures.reconstruction
-            row[f"{split}_loss"] = f"{loss:.6f}"
-            row[f"{split}_margin"] = f"{figures.margin:.6f}"
-            row[f"{split}_reconstruction"] = f"{figures.reconstruction:.6f}"
-            row[f"{split}_error"] = f"{figures.error:.4f}"
+            if figures is not None:
+                row[f"{split}_loss"] = f"{figures.loss(self.plan.recipe.lam_recon):.6f}"
+                row[f"{split}_margin"] = f"{figures.margin:.6f}"
+                row[f"{split}_reconstruction"] = f"{figures.reconstruction:.6f}"
+                row[f"{split}_error"] = f"{figures.error:.4f}"
         return row
 
     def _place(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
         mesh = self.plan.mesh
         return sharding.replicate(mesh, images), sharding.replicate(mesh, labels)
-
-
-def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
-    """The batches of an epoch, int32 [steps, batch]: the same for the same seed, also resumed."""
-    order = np.random.default_rng((plan.seed, epoch)).permutation(plan.train_indices)
-    return order[: plan.steps * plan.batch_size].reshape(plan.steps, plan.batch_size)
 
 
 @contextlib.contextmanager
@@ -228,7 +217,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: one more step and a checkpoint, then the end")
+        tqdm.write(f"{signal.Signals(number).name}: ends after this step, with a checkpoint")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

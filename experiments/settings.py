@@ -1,4 +1,4 @@
-"""The settings of a run: one dataclass, from which the command line and config.json follow."""
+"""The settings of a run: dataclasses, from which the command line and config.json follow."""
 
 import contextlib
 import dataclasses
@@ -6,39 +6,55 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 import run_folder
-from capsjax.presets import PRESETS, Preset
+from capsjax.presets import SEED, Preset
 
 PresetName = Literal["seed", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Train CapsNet on images, test it, and draw what it learnt.
-
-    Defaults are those of the preset. MNIST needs no download: it comes with the package.
-    """
+class Recipe:
+    """The defaults are the preset's: see also --preset paper --help."""
 
     preset: PresetName = "seed"
-    """Recipe. seed: the widespread re-implementation. paper: the authors' released code."""
+    """seed: the widespread re-implementation. paper: the authors' released code."""
     routings: int = 3
     """Iterations of routing by agreement."""
-    epochs: int = PRESETS["seed"].epochs
+    epochs: int = SEED.epochs
     """Passes over the training images."""
-    batch_size: int = PRESETS["seed"].batch_size
+    batch_size: int = SEED.batch_size
     """Images a step, over all devices."""
-    lr: float = PRESETS["seed"].lr
+    lr: float = SEED.lr
     """Adam's first learning rate."""
-    lr_decay: float | None = PRESETS["seed"].lr_decay
+    lr_decay: float | None = SEED.lr_decay
     """Factor on the learning rate each epoch. None: 0.96^150 spread over all epochs (paper)."""
     lam_recon: float | None = None
     """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
-    shift_pixels: int = PRESETS["seed"].shift_pixels
+    shift_pixels: int = SEED.shift_pixels
     """Largest random shift of a training image either way, pixels."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in. Parameters and sums are float32 always."""
+    seed: int = 0
+    """Of first values, order and shifts: same seed, same machine, same bits."""
+
+    def __post_init__(self):
+        for name in ("routings", "epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        for name in ("shift_pixels", "seed"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(0 < self.lr < math.inf, "lr", "a number above 0", self.lr)
+        decay, lam = self.lr_decay, self.lam_recon
+        _require(decay is None or 0 < decay <= 1, "lr_decay", "above 0 and at most 1", decay)
+        _require(lam is None or 0 <= lam < math.inf, "lam_recon", "a number of 0 or more", lam)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """MNIST comes with the package; it needs no download."""
 
     dataset: str = "mnist"
     """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets."""
@@ -47,49 +63,51 @@ class Settings:
     download: bool = False
     """Have TensorFlow Datasets download and prepare the data set."""
     train_size: int | None = None
-    """Train on so many images only, drawn at random: a quick look. None: all."""
+    """Train on so many images only, drawn at random: a quick look. None: on all."""
     validation: int = 0
-    """Hold out so many training images; the best epoch on them is then the result."""
+    """Hold out so many training images; the epoch that is best on them is then the result."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in. Parameters and sums are float32 always."""
-    seed: int = 0
-    """Of first values, order and shifts: same seed, same machine, same bits."""
-    devices: int | None = None
-    """Devices to split a batch over. None: the largest number that divides it."""
+    def __post_init__(self):
+        size = self.train_size
+        _require(size is None or size >= 1, "train_size", "1 or more", size)
+        _require(self.validation >= 0, "validation", "0 or more", self.validation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's folder holds its settings, metrics, checkpoints and pictures."""
 
     save_dir: Path | None = None
     """New folder for this run. None: runs/DATASET-TIME."""
     checkpoint_steps: int = 200
     """Steps between checkpoints; each epoch's end makes one, too."""
+    devices: int | None = None
+    """Devices to split a batch over. None: the largest number that divides it."""
+    resume: Path | None = None
+    """Folder of a run to go on with, with its settings; only --epochs may change, to more."""
     weights: Path | None = None
-    """Folder of a run whose weights to start from or to test."""
+    """Folder of a run whose weights to start from, or to test."""
     testing: bool = False
     """Test --weights and draw its pictures again, with that run's settings; no training."""
-    resume: Path | None = None
-    """Folder of a run to go on with, with its settings; --epochs may be raised."""
 
     def __post_init__(self):
-        for name in ("routings", "epochs", "batch_size", "checkpoint_steps"):
-            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("train_size", "devices"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "1 or more", value)
-        for name in ("shift_pixels", "validation", "seed"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        _require(0 < self.lr < math.inf, "lr", "a number above 0", self.lr)
-        decay, lam = self.lr_decay, self.lam_recon
-        _require(decay is None or 0 < decay <= 1, "lr_decay", "above 0 and at most 1", decay)
-        _require(lam is None or 0 <= lam < math.inf, "lam_recon", "a number of 0 or more", lam)
+        _require(self.checkpoint_steps >= 1, "checkpoint_steps", "1 or more", self.checkpoint_steps)
+        _require(self.devices is None or self.devices >= 1, "devices", "1 or more", self.devices)
         if self.testing and self.weights is None:
             raise ValueError("--testing needs --weights RUN: the folder of a trained run")
         if self.resume is not None and (self.testing or self.weights is not None):
-            raise ValueError("--resume goes on with a run's own weights: no --weights, no --testing")
+            raise ValueError(
+                "--resume goes on with a run's own weights: no --weights, no --testing"
+            )
 
 
-def _require(holds: bool, name: str, expected: str, came: object) -> None:
-    if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {came}")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Train CapsNet on images, test it, and draw what it learnt."""
+
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    images: Images = dataclasses.field(default_factory=Images)
+    run: Run = dataclasses.field(default_factory=Run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +115,9 @@ class Source:
     """The flags that decide where the defaults of all the others come from."""
 
     preset: PresetName = "seed"
+    resume: Path | None = None
     weights: Path | None = None
     testing: bool = False
-    resume: Path | None = None
-
-
-Flags = tyro.conf.FlagCreatePairsOff
 
 
 def parse(args: Sequence[str] | None, presets: Mapping[str, Preset]) -> Settings:
@@ -112,12 +127,11 @@ def parse(args: Sequence[str] | None, presets: Mapping[str, Preset]) -> Settings
       SystemExit: with status 2 and a message in words, for anything that cannot be meant.
     """
     args = sys.argv[1:] if args is None else list(args)
-    source, _ = tyro.cli(
-        Annotated[Source, Flags], args=args, return_unknown_args=True, add_help=False
-    )
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
     with refusals():
         default = _defaults(source, presets)
-    settings = tyro.cli(Annotated[Settings, Flags], args=args, default=default, prog="mnist.py")
+    settings = tyro.cli(Settings, args=args, default=default, config=config)
     with refusals():
         if source.resume is not None:
             _refuse_changes(settings, default)
@@ -134,49 +148,60 @@ def refusals() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+def to_json(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON holds them: paths as strings."""
+    groups = dataclasses.asdict(settings)
+    return {
+        group: {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+        for group, fields in groups.items()
+    }
+
+
+def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The inverse of `to_json`."""
+
+    def read(kind: type, fields: Mapping[str, Any]) -> Any:
+        paths = {field.name for field in dataclasses.fields(kind) if field.type == Path | None}
+        given = {name: Path(v) if v and name in paths else v for name, v in fields.items()}
+        return kind(**given)
+
+    return Settings(
+        read(Recipe, groups["recipe"]), read(Images, groups["images"]), read(Run, groups["run"])
+    )
+
+
 def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
     if source.resume is not None:
         saved = from_json(run_folder.read_config(source.resume)["settings"])
-        return dataclasses.replace(saved, resume=source.resume, weights=None)
+        run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
+        return dataclasses.replace(saved, run=run)
     if source.testing and source.weights is not None:
         saved = from_json(run_folder.read_config(source.weights)["settings"])
-        return dataclasses.replace(saved, save_dir=None)
-    return from_preset(source.preset, presets[source.preset])
-
-
-def _refuse_changes(settings: Settings, saved: Settings) -> None:
-    for field in dataclasses.fields(Settings):
-        now, then = getattr(settings, field.name), getattr(saved, field.name)
-        if now != then and not (field.name == "epochs" and now > then):
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} {now} beside --resume: this run has {then}; "
-                "only --epochs may change, to more"
-            )
-
-
-def from_preset(name: PresetName, preset: Preset) -> Settings:
-    """The settings of a preset."""
-    return Settings(
-        preset=name,
+        return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
+    preset = presets[source.preset]
+    recipe = Recipe(
+        preset=source.preset,
         epochs=preset.epochs,
         batch_size=preset.batch_size,
         lr=preset.lr,
         lr_decay=preset.lr_decay,
         shift_pixels=preset.shift_pixels,
     )
+    return Settings(recipe)
 
 
-def to_json(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON holds them: paths as strings."""
-    fields = dataclasses.asdict(settings)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+def _refuse_changes(settings: Settings, saved: Settings) -> None:
+    for group in dataclasses.fields(Settings):
+        now, then = getattr(settings, group.name), getattr(saved, group.name)
+        for name in (field.name for field in dataclasses.fields(now)):
+            ours, theirs = getattr(now, name), getattr(then, name)
+            if ours != theirs and not (name == "epochs" and ours > theirs):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {ours} beside --resume, but this run has {theirs};"
+                    " only --epochs may change, to more"
+                )
 
 
-def from_json(fields: Mapping[str, Any]) -> Settings:
-    """The inverse of `to_json`."""
-    paths = {"data_dir", "save_dir", "weights", "resume"}
-    known = {
-        name: Path(value) if name in paths and value is not None else value
-        for name, value in fields.items()
-    }
-    return Settings(**known)
+def _require(holds: bool, name: str, expected: str, came: object) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {came}")

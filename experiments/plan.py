@@ -1,0 +1,119 @@
+"""All that a run fixes before its first step."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from capsjax import data, sharding
+from capsjax.nn import CapsNet
+from capsjax.presets import Preset
+from capsjax.train import Recipe, TrainState, create
+from settings import Images, Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static parts, images, and the sizes that the loop runs over."""
+
+    settings: Settings  # with the numbers in place of None that follow from preset and images
+    recipe: Recipe
+    schedule: Callable[[int], Any]  # step -> learning rate
+    mesh: jax.sharding.Mesh
+    dataset: data.Dataset
+    train_indices: np.ndarray  # int32, into x_train
+    validation_indices: np.ndarray
+    steps: int  # an epoch; a last, smaller batch is dropped
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The batches of an epoch, int32 [steps, batch]: the same for a seed, also resumed."""
+        recipe = self.settings.recipe
+        order = np.random.default_rng((recipe.seed, epoch)).permutation(self.train_indices)
+        return order[: self.steps * recipe.batch_size].reshape(self.steps, recipe.batch_size)
+
+    def fingerprint(self) -> int:
+        """Tells other images from the same ones."""
+        return zlib.crc32(self.dataset.y_train.tobytes(), zlib.crc32(self.dataset.x_train))
+
+
+def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
+    """Loads the images, draws the first parameters, and prints what there is; writes nothing.
+
+    Raises:
+      ValueError: in words, if the settings do not fit the images or the devices.
+    """
+    images, recipe = settings.images, settings.recipe
+    dataset = data.load(images.dataset, images.data_dir, download=images.download)
+    height, width, channels = dataset.image_shape
+    classes = len(dataset.class_names)
+    print(f"data      {dataset.source}")
+    print(
+        f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
+        f"{height}×{width}×{channels} in {classes} classes"
+    )
+    if recipe.shift_pixels >= min(height, width):
+        raise ValueError(
+            f"--shift-pixels {recipe.shift_pixels} would move images of {height}×{width} pixels "
+            "out of sight"
+        )
+    train_indices, validation_indices = _split(len(dataset.y_train), images, recipe.seed)
+    steps = len(train_indices) // recipe.batch_size
+    if not steps:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size}: there are {len(train_indices)} images to train on"
+        )
+    mesh = sharding.make_mesh(recipe.batch_size, settings.run.devices)
+    print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
+
+    per_image = preset.recon_per_pixel * height * width * channels
+    per_epoch = (preset.lr_total_decay or 1) ** (1 / recipe.epochs)
+    recipe = dataclasses.replace(
+        recipe,
+        lam_recon=per_image if recipe.lam_recon is None else recipe.lam_recon,
+        lr_decay=per_epoch if recipe.lr_decay is None else recipe.lr_decay,
+    )
+    schedule = optax.exponential_decay(
+        recipe.lr, steps, recipe.lr_decay, staircase=preset.lr_staircase, end_value=preset.lr_floor
+    )
+    optimizer = optax.adam(schedule)
+    model = CapsNet(
+        dataset.image_shape,
+        classes,
+        recipe.routings,
+        **dataclasses.asdict(preset.model),
+        rngs=nnx.Rngs(recipe.seed),
+    )
+    graphdef, state = create(model, optimizer)
+    print(f"network   {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
+    static = Recipe(graphdef, optimizer, recipe.lam_recon, recipe.shift_pixels, recipe.precision)
+    plan = Plan(
+        dataclasses.replace(settings, recipe=recipe),
+        static,
+        schedule,
+        mesh,
+        dataset,
+        train_indices,
+        validation_indices,
+        steps,
+    )
+    return plan, state
+
+
+def _split(total: int, images: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws training and validation images from `total` of them.
+
+    At random, since folders of images come sorted by class.
+    """
+    left = total - images.validation
+    if left < 1:
+        raise ValueError(f"--validation {images.validation}: there are {total} training images")
+    if images.train_size is not None and images.train_size > left:
+        raise ValueError(f"--train-size {images.train_size}: there are {left} training images")
+    order = np.random.default_rng(seed).permutation(total).astype(np.int32)
+    held_out, rest = order[: images.validation], order[images.validation :]
+    return np.sort(rest[: images.train_size]), np.sort(held_out)
