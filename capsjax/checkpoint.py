@@ -102,14 +102,17 @@ class Checkpoints:
             raise CheckpointError(f"all checkpoints in {self.folder} are damaged: steps {steps}")
         return None
 
-    def best(self) -> Checkpoint | None:
+    def best(self) -> Checkpoint:
         """The checkpoint of least validation error; without validation, the last one.
 
         Raises:
-          CheckpointError: if it is damaged.
+          CheckpointError: if there is none, or it is damaged.
         """
         step = self._manager.best_step()
-        return self.last() if step is None else self._read(step)
+        checkpoint = self.last() if step is None else self._read(step)
+        if checkpoint is None:
+            raise CheckpointError(f"there is no checkpoint in {self.folder} yet")
+        return checkpoint
 
     def _read(self, step: int) -> Checkpoint:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore())
@@ -157,7 +160,7 @@ def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _digest(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array))
+    return zlib.crc32(array.tobytes())
 
 
 def _error(metrics: dict[str, float]) -> float:

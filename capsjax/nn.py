@@ -1,5 +1,6 @@
 """Flax NNX modules: they hold the parameters and call the functions."""
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -265,7 +266,7 @@ class CapsNet(nnx.Module):
         units = (classes * dim_class, *hidden, height * width * depth)
         self.decoder = nnx.List(
             Affine((n_in, n_out), *inits(n_in, 0.1), rngs=rngs)
-            for n_in, n_out in zip(units, units[1:], strict=False)
+            for n_in, n_out in itertools.pairwise(units)
         )
 
     def __call__(self, images: ArrayLike, labels: ArrayLike | None = None) -> CapsNetOutput:

@@ -78,8 +78,8 @@ def create(model: CapsNet, optimizer: optax.GradientTransformation) -> tuple[Any
       >>> int(state.step)
       0
     """
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
+    graphdef, variables = nnx.split(model)
+    params = nnx.to_pure_dict(variables)
     zero = jnp.zeros((), jnp.int32)
     return graphdef, TrainState(zero, params, optimizer.init(params), Metrics.zeros())
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 DPI = 100
 _FONT = FontProperties(size=9)
+_MISREAD = 60  # the most images that are drawn
 _COLORS = {"train": "#0072B2", "validation": "#009E73", "test": "#D55E00"}
 
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -29,10 +30,8 @@ _PANELS = {
 }
 
 
-def image_grid(
-    images: ArrayLike, columns: int, *, separator: int = 1, background: int = 255
-) -> np.ndarray:
-    """Lays images out in rows, one image of all.
+def image_grid(images: ArrayLike, columns: int, *, separator: int = 1) -> np.ndarray:
+    """Lays images out in rows, as one image, with white between them.
 
     grid[r (H + separator) + h, c (W + separator) + w] = images[r columns + c, h, w]
 
@@ -40,7 +39,6 @@ def image_grid(
       images: [N, H, W, C], N ≥ 1.
       columns: images in a row; the last row may be shorter.
       separator: pixels between two images.
-      background: grey value, from 0 to 255, of the separators and of empty places.
 
     Returns:
       uint8 [rows (H + separator) − separator, columns (W + separator) − separator, 3].
@@ -62,9 +60,7 @@ def image_grid(
         )
     number, height, width, _ = pixels.shape
     rows = -(-number // columns)
-    cells = np.full(
-        (rows * columns, height + separator, width + separator, 3), background, np.uint8
-    )
+    cells = np.full((rows * columns, height + separator, width + separator, 3), 255, np.uint8)
     cells[:number, :height, :width] = pixels
     cells = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
     grid = cells.reshape(rows * (height + separator), columns * (width + separator), 3)
@@ -111,13 +107,12 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def reconstructions(images: ArrayLike, reconstructed: ArrayLike, *, columns: int = 10) -> Figure:
+def reconstructions(images: ArrayLike, reconstructed: ArrayLike) -> Figure:
     """Draws each real image above its reconstruction.
 
     Args:
       images: [N, H, W, C].
       reconstructed: [N, H, W, C].
-      columns: pairs in a row.
 
     Returns:
       The figure.
@@ -141,12 +136,12 @@ def reconstructions(images: ArrayLike, reconstructed: ArrayLike, *, columns: int
             f"{list(np.shape(images))} and {list(np.shape(reconstructed))}"
         )
     number, height, width, _ = real.shape
-    columns = min(columns, number)
+    columns = min(10, number)
     scale = _scale(height, width, 84)
     line = max(1, round(1 / scale))
     pairs = np.concatenate([real, np.full((number, line, width, 3), 255, np.uint8), drawn], 1)
     grid = image_grid(pairs, columns, separator=6 * line)
-    figure, axes = _grid_figure(grid, scale, left=100)
+    figure, axes = _grid_figure(grid, scale, left=105)
     step = 2 * height + 7 * line
     tops = np.arange(-(-number // columns)) * step
     axes.set_yticks(
@@ -158,13 +153,16 @@ def reconstructions(images: ArrayLike, reconstructed: ArrayLike, *, columns: int
     return figure
 
 
-def perturbations(images: ArrayLike, offsets: ArrayLike, *, title: str) -> Figure:
+def perturbations(
+    images: ArrayLike, offsets: ArrayLike, label: int, class_names: Sequence[str]
+) -> Figure:
     """Draws what the decoder makes of a capsule when one of its numbers is moved.
 
     Args:
       images: [d, n, H, W, C], in row d those with number d of the capsule moved.
       offsets: [n], what was added to it in each column.
-      title: a line above the figure.
+      label: the class of the capsule.
+      class_names: as in `misread`.
 
     Returns:
       A figure of d × n images.
@@ -176,7 +174,7 @@ def perturbations(images: ArrayLike, offsets: ArrayLike, *, title: str) -> Figur
       >>> import numpy as np
       >>> from capsjax import viz
       >>> images = np.zeros((16, 11, 28, 28, 1))
-      >>> figure = viz.perturbations(images, np.linspace(-0.25, 0.25, 11), title="the capsule of 7")
+      >>> figure = viz.perturbations(images, np.linspace(-0.25, 0.25, 11), 7, "0123456789")
 
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4.
@@ -197,12 +195,15 @@ def perturbations(images: ArrayLike, offsets: ArrayLike, *, title: str) -> Figur
         for n, size in ((numbers, height), (moves, width))
     ]
     axes.set_yticks(centres[0], [str(d + 1) for d in range(numbers)], fontproperties=_FONT)
-    axes.set_xticks(centres[1], [f"{offset:+.2f}" for offset in offsets], fontproperties=_FONT)
+    moved = [f"{offset:+.2f}" if offset else "0" for offset in offsets]
+    axes.set_xticks(centres[1], moved, fontproperties=_FONT)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("added to the number", fontproperties=_FONT)
     axes.set_ylabel("number of the capsule", fontproperties=_FONT)
-    axes.set_title(title, fontsize=11, loc="left")
+    name = _drawable(class_names[label], label)
+    title = f"The capsule of “{name}”, one of its {numbers} numbers moved"
+    axes.set_title(title, fontsize=11, loc="left", parse_math=False)
     return figure
 
 
@@ -211,8 +212,6 @@ def misread(
     labels: ArrayLike,
     predicted: ArrayLike,
     class_names: Sequence[str],
-    *,
-    limit: int = 60,
 ) -> Figure:
     """Draws the images whose class was not recognised, "true → predicted" under each.
 
@@ -221,10 +220,10 @@ def misread(
       labels: the true classes [N].
       predicted: the classes [N] that a network said.
       class_names: a name for each class; its number is written where the font lacks a letter.
-      limit: the most images that are drawn.
 
     Returns:
-      The figure, with the number of errors in its title; one that says so if there are none.
+      The figure of the first 60, with their number in its title; one that says so if there are
+      none.
 
     Raises:
       ValueError: if the three differ in length.
@@ -232,7 +231,7 @@ def misread(
     Example:
       >>> import numpy as np
       >>> from capsjax import viz
-      >>> figure = viz.misread(np.zeros((3, 28, 28, 1)), [4, 9, 1], [4, 4, 1], list("0123456789"))
+      >>> figure = viz.misread(np.zeros((3, 28, 28, 1)), [4, 9, 1], [4, 4, 1], "0123456789")
     """
     images, labels, predicted = np.asarray(images), np.asarray(labels), np.asarray(predicted)
     if not images.shape[:1] == labels.shape == predicted.shape:
@@ -243,11 +242,11 @@ def misread(
     wrong = np.flatnonzero(labels != predicted)
     if not wrong.size:
         return _sentence(f"None of {len(labels)} images misread")
-    shown = wrong[:limit]
+    shown = wrong[:_MISREAD]
     names = [_drawable(name, number) for number, name in enumerate(class_names)]
     pairs = [(names[labels[n]], names[predicted[n]]) for n in shown]
     figure, axes = _labelled_grid(_rgb(images[shown]), pairs)
-    part = f" (the first {limit} shown)" if wrong.size > limit else ""
+    part = f" (the first {_MISREAD} shown)" if wrong.size > _MISREAD else ""
     title = f"{wrong.size} of {len(labels)} misread{part}: true → predicted"
     axes.set_title(title, fontsize=11, loc="left")
     return figure
@@ -344,7 +343,7 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def _curve(axes: Axes, epochs: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
     last = values[np.isfinite(values)][-1]
     marker = "o" if len(epochs) <= 30 else ""
-    label = f"{label}, {last:.3g} at last"
+    label = f"{label} (last: {last:.3g})"
     axes.plot(epochs, values, color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
 
 

@@ -13,7 +13,7 @@ import jax
 def prepare() -> None:
     """Keeps memory between steps, keeps compiled code between runs, and hushes the libraries."""
     _keep_freed_memory()
-    if jax.config.jax_compilation_cache_dir is None:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         # Compiled code fits one kind of processor, and home folders are shared between machines.
         folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"

@@ -43,11 +43,11 @@ def write_pictures(
     drawn = capsjax.predict(model, some).reconstruction
     write(viz.reconstructions(some, drawn), folder / "reconstructions.png")
     example = np.argmax(predicted == y_test)  # the first that is read right, if any is
-    title = f"Each number of the capsule of “{class_names[predicted[example]]}” moved"
-    moved = perturbed(model, x_test[example], OFFSETS)
-    write(viz.perturbations(moved, OFFSETS, title=title), folder / "perturbations.png")
-    misread = viz.misread(x_test, y_test, predicted, class_names)
-    write(misread, folder / "errors.png")
+    moved = viz.perturbations(
+        perturbed(model, x_test[example], OFFSETS), OFFSETS, predicted[example], class_names
+    )
+    write(moved, folder / "perturbations.png")
+    write(viz.misread(x_test, y_test, predicted, class_names), folder / "errors.png")
 
 
 def perturbed(model: capsjax.nn.CapsNet, image: np.ndarray, offsets: np.ndarray) -> jax.Array:

@@ -38,7 +38,8 @@ class Plan:
 
     def fingerprint(self) -> int:
         """Tells other images from the same ones."""
-        return zlib.crc32(self.dataset.y_train.tobytes(), zlib.crc32(self.dataset.x_train))
+        data = self.dataset
+        return zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
 
 
 def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
@@ -72,13 +73,11 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
 
     per_image = preset.recon_per_pixel * height * width * channels
     per_epoch = (preset.lr_total_decay or 1) ** (1 / recipe.epochs)
-    recipe = dataclasses.replace(
-        recipe,
-        lam_recon=per_image if recipe.lam_recon is None else recipe.lam_recon,
-        lr_decay=per_epoch if recipe.lr_decay is None else recipe.lr_decay,
-    )
+    lam_recon = per_image if recipe.lam_recon is None else recipe.lam_recon
+    lr_decay = per_epoch if recipe.lr_decay is None else recipe.lr_decay
+    recipe = dataclasses.replace(recipe, lam_recon=lam_recon, lr_decay=lr_decay)
     schedule = optax.exponential_decay(
-        recipe.lr, steps, recipe.lr_decay, staircase=preset.lr_staircase, end_value=preset.lr_floor
+        recipe.lr, steps, lr_decay, staircase=preset.lr_staircase, end_value=preset.lr_floor
     )
     optimizer = optax.adam(schedule)
     model = CapsNet(
@@ -90,7 +89,7 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
     )
     graphdef, state = create(model, optimizer)
     print(f"network   {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
-    static = Recipe(graphdef, optimizer, recipe.lam_recon, recipe.shift_pixels, recipe.precision)
+    static = Recipe(graphdef, optimizer, lam_recon, recipe.shift_pixels, recipe.precision)
     plan = Plan(
         dataclasses.replace(settings, recipe=recipe),
         static,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import run_folder
-from capsjax.checkpoint import Checkpoint, Checkpoints, fill
+from capsjax.checkpoint import Checkpoints, fill
 from capsjax.train import TrainState
 from plan import Plan
 from settings import to_json
@@ -69,7 +69,5 @@ def _load_weights(folder: Path, state: TrainState) -> TrainState:
     """Takes the parameters of another run: its best on validation images, or else its last."""
     run_folder.read_config(folder)
     with checkpoints(folder) as saved:
-        checkpoint: Checkpoint | None = saved.best()
-    if checkpoint is None:
-        raise ValueError(f"{folder} holds no weights: it ended before its first checkpoint")
+        checkpoint = saved.best()
     return state._replace(params=fill(state.params, checkpoint.arrays, "params."))
