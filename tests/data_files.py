@@ -1,0 +1,168 @@
+"""Real digits, written as users keep them, and a server on this machine that hands files out."""
+
+import contextlib
+import functools
+import gzip
+import http.server
+import json
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    ArrayRecordReader,
+)
+from PIL import Image
+
+from capsjax import data
+
+IDX_FILES = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
+
+
+@functools.cache
+def mnist() -> data.Dataset:
+    """The shipped archive, loaded once for all tests."""
+    return data.load("mnist")
+
+
+def digits(train: int = 300, test: int = 100) -> dict[str, np.ndarray]:
+    """The first digits of MNIST as its files have them: uint8, without a channel axis."""
+    full = mnist()
+    return {
+        "x_train": full.x_train[:train, ..., 0],
+        "y_train": full.y_train[:train].astype(np.uint8),
+        "x_test": full.x_test[:test, ..., 0],
+        "y_test": full.y_test[:test].astype(np.uint8),
+    }
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An array of uint8 as the content of an IDX file."""
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">i", n) for n in array.shape)
+    return head + array.tobytes()
+
+
+def write_idx(
+    folder: Path, arrays: dict[str, np.ndarray], files: dict[str, str] = IDX_FILES
+) -> Path:
+    """Four IDX files, gzipped where the file's name says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        content = idx(arrays[name])
+        packed = gzip.compress(content, 1) if file.endswith(".gz") else content
+        (folder / file).write_bytes(packed)
+    return folder
+
+
+def gzipped(files: dict[str, str] = IDX_FILES) -> dict[str, str]:
+    return {name: f"{file}.gz" for name, file in files.items()}
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray], **more: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything: dict[str, Any] = arrays | more
+    np.savez(path, **everything)
+    return path
+
+
+def write_folders(folder: Path, arrays: dict[str, np.ndarray], suffix: str = "png") -> Path:
+    """Class folders named after the labels."""
+    for split in ("train", "test"):
+        pairs = zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)
+        for number, (image, label) in enumerate(pairs):
+            path = folder / split / str(label) / f"{number:05}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return folder
+
+
+def as_tfrecord(prepared: Path) -> Path:
+    """Turns an array_record data set into the tfrecord one that `tfds.load` would have written."""
+    for path in prepared.glob("*.array_record-*"):
+        reader = ArrayRecordReader(str(path))
+        records = reader.read_all()
+        reader.close()
+        target = path.with_name(path.name.replace("array_record", "tfrecord"))
+        target.write_bytes(b"".join(map(tfrecord, records)))
+        path.unlink()
+    (prepared / "capsjax_cache.npz").unlink()
+    return set_format(prepared, "tfrecord")
+
+
+def set_format(prepared: Path, file_format: str) -> Path:
+    path = prepared / "dataset_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": file_format}))
+    return prepared
+
+
+def tfrecord(record: bytes) -> bytes:
+    length = struct.pack("<Q", len(record))
+    return length + _masked(length) + record + _masked(record)
+
+
+def crc32c(content: bytes) -> int:
+    """CRC-32C, byte by byte."""
+    value = 0xFFFFFFFF
+    for byte in content:
+        value = (value >> 8) ^ _crc32c_of_byte((value ^ byte) & 0xFF)
+    return value ^ 0xFFFFFFFF
+
+
+@functools.cache
+def _crc32c_of_byte(value: int) -> int:
+    for _ in range(8):
+        value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+def _masked(content: bytes) -> bytes:
+    value = crc32c(content)
+    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def pairs(images: np.ndarray, labels: Iterable[int]) -> list[bytes]:
+    """Every image with its label, in an order that does not depend on the source's."""
+    rows = zip(images, labels, strict=True)
+    return sorted(bytes([int(label)]) + image.tobytes() for image, label in rows)
+
+
+def assert_same_digits(dataset: data.Dataset, arrays: dict[str, np.ndarray]) -> None:
+    """The same images with the same labels, in any order."""
+    for split in ("train", "test"):
+        images, labels = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
+        assert images.dtype == np.uint8
+        assert labels.dtype == np.int32
+        assert images.shape == (*arrays[f"x_{split}"].shape, 1)
+        assert pairs(images, labels) == pairs(arrays[f"x_{split}"], arrays[f"y_{split}"])
+    assert dataset.class_names == tuple("0123456789")
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent."""
+
+
+@contextlib.contextmanager
+def serve(folder: Path, handler: type[Silent] = Silent) -> Iterator[str]:
+    """A web server on this machine; yields the URL under which the folder's files lie."""
+    make = functools.partial(handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

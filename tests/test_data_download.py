@@ -1,0 +1,242 @@
+"""The download: whole or not at all, and never a long wait."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.image_classification import mnist as stock
+
+from capsjax import data
+from capsjax.data import _download
+from data_files import (
+    Silent,
+    assert_same_digits,
+    digits,
+    gzipped,
+    serve,
+    write_idx,
+)
+
+FILES = gzipped()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The folder that the server hands out."""
+    return write_idx(tmp_path / "served", digits(), FILES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where the data set is to go."""
+    return tmp_path / "tfds"
+
+
+@contextlib.contextmanager
+def server(monkeypatch, served, handler=Silent):
+    with serve(served, handler) as url:
+        monkeypatch.setattr(stock.MNIST, "URL", url)
+        yield url
+
+
+def refused(folder, *words, name="mnist"):
+    """Fails in words, within 5 seconds, and leaves no file."""
+    start = time.monotonic()
+    with pytest.raises(data.DataError) as error:
+        data.load(name, folder, download=True)
+    assert time.monotonic() - start < 5
+    for word in words:
+        assert word in str(error.value)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_download_is_prepared_read_and_found_again_without_a_network(
+    monkeypatch, served, folder, capfd
+):
+    with server(monkeypatch, served):
+        dataset = data.load("mnist", folder, download=True)
+    assert_same_digits(dataset, digits())
+    assert [path.name for path in folder.iterdir()] == ["mnist"]
+    assert_same_digits(data.load("mnist", folder, download=True), digits())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_folder_it_goes_where_tfds_keeps_its_data(monkeypatch, served, folder):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    with server(monkeypatch, served):
+        dataset = data.load("mnist", download=True)
+    assert_same_digits(dataset, digits())
+    assert (folder / "mnist" / "3.0.1" / "dataset_info.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_the_rest_of_the_family_comes_the_same_way(monkeypatch, served, folder, name):
+    builder = {"fashion_mnist": stock.FashionMNIST, "kmnist": stock.KMNIST}[name]
+    with serve(served) as url:
+        monkeypatch.setattr(builder, "URL", url)
+        dataset = data.load(name, folder, download=True)
+    assert dataset.source.startswith(name)
+    source: Any = tfds.data_source(name, data_dir=folder)
+    assert list(dataset.class_names) == source["train"].dataset_info.features["label"].names
+    assert len(source["train"]) == 300
+
+
+def test_what_is_there_already_is_not_asked_for_again(monkeypatch, folder):
+    write_idx(folder, digits())
+    monkeypatch.setattr(stock.MNIST, "URL", "http://127.0.0.1:1/")
+    assert "IDX" in data.load("mnist", folder, download=True).source
+
+
+def test_a_closed_port(monkeypatch, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
+    refused(folder, "cannot be reached", "refused", "check the network")
+    assert not folder.exists()
+
+
+def test_a_socket_that_accepts_and_never_answers(monkeypatch, folder):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
+        refused(folder, "cannot be reached", "timed out", "check the network")
+    assert not folder.exists()
+
+
+def test_a_name_server_that_never_answers(monkeypatch, folder):
+    waiting = threading.Event()
+
+    def hang(*args, **options):
+        waiting.wait(20)
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(_download, "_PROBE_SECONDS", 1)
+    refused(folder, "no answer within 2 seconds", "check the network")
+    waiting.set()
+
+
+def test_what_answers_but_does_not_speak_http(monkeypatch, folder):
+    with socket.create_server(("127.0.0.1", 0)) as strange:
+
+        def answer():
+            connection, _ = strange.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = strange.getsockname()[1]
+        monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
+        refused(folder, "cannot be reached")
+        thread.join()
+
+
+def test_a_file_that_the_server_does_not_have(monkeypatch, served, folder):
+    (served / FILES["y_test"]).unlink()
+    with server(monkeypatch, served):
+        refused(folder, FILES["y_test"], "404")
+
+
+def test_a_file_that_breaks_off(monkeypatch, served, folder):
+    class BreaksOff(Silent):
+        def copyfile(self, source, outputfile):
+            outputfile.write(source.read(100))
+
+    with server(monkeypatch, served, BreaksOff):
+        refused(folder, "only 100 came")
+
+
+def test_a_server_that_stalls_in_the_middle_of_a_file(monkeypatch, served, folder):
+    waiting = threading.Event()
+
+    class Stalls(Silent):
+        def copyfile(self, source, outputfile):
+            self.wfile.write(source.read(100))
+            self.wfile.flush()
+            waiting.wait(20)
+
+    monkeypatch.setattr(_download, "_STALL_SECONDS", 0.5)
+    with server(monkeypatch, served, Stalls):
+        refused(folder, "download failed", "timed out")
+        waiting.set()
+
+
+def test_a_wrong_checksum(monkeypatch, served, folder):
+    with server(monkeypatch, served) as url:
+        file = f"{url}{FILES['x_train']}"
+        info = next(iter((stock.MNIST.url_infos or {}).values()))
+        monkeypatch.setattr(stock.MNIST, "url_infos", {file: info})
+        refused(folder, "expected sha256", info.checksum)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>Log in to the hotel's network</html>"])
+def test_a_page_in_place_of_a_file(monkeypatch, served, folder, content):
+    (served / FILES["x_test"]).write_bytes(content)
+    with server(monkeypatch, served):
+        refused(folder, FILES["x_test"].removesuffix(".gz"))
+
+
+def test_a_label_that_tfds_does_not_know(monkeypatch, served, folder):
+    arrays = digits()
+    arrays["y_test"] = arrays["y_test"].copy()
+    arrays["y_test"][5] = 77
+    write_idx(served, arrays, FILES)
+    with server(monkeypatch, served):
+        refused(folder, "77")
+
+
+def test_what_is_no_archive_of_emnist(monkeypatch, served, folder):
+    (served / "gzip.zip").write_bytes(b"not a zip")
+    with serve(served) as url:
+        monkeypatch.setattr(stock.EMNIST, "URL", f"{url}gzip.zip")
+        refused(folder, "gzip.zip", name="emnist/letters")
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, served, tmp_path):
+    (tmp_path / "file").touch()
+    with server(monkeypatch, served), pytest.raises(data.DataError, match="could not be prepared"):
+        data.load("mnist", tmp_path / "file" / "tfds", download=True)
+
+
+def test_a_data_set_outside_the_family_is_not_downloaded(folder):
+    refused(folder, "expected one of mnist,", "tfds build cifar10", name="cifar10")
+
+
+def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
+    halfway, waiting = threading.Event(), threading.Event()
+
+    class Stalls(Silent):
+        def copyfile(self, source, outputfile):
+            self.wfile.write(source.read(100))
+            self.wfile.flush()
+            halfway.set()
+            waiting.wait(60)
+
+    code = (
+        "import sys; from capsjax import data; "
+        "from tensorflow_datasets.image_classification import mnist; "
+        "mnist.MNIST.URL = sys.argv[1]; data.load('mnist', sys.argv[2], download=True)"
+    )
+    with serve(served, Stalls) as url:
+        command = [sys.executable, "-c", code, url, str(folder)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            assert halfway.wait(60)
+            assert list(folder.iterdir())
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
+            waiting.set()
+    assert "KeyboardInterrupt" in errors
+    assert not list(folder.iterdir())
