@@ -4,7 +4,13 @@ from capsjax import data, nn, presets
 from capsjax._decoder import decode, mask
 from capsjax._losses import caps_loss, margin_loss, reconstruction_loss
 from capsjax._primary import primary_capsules
-from capsjax._routing import RoutingState, predictions, routing, routing_state
+from capsjax._routing import (
+    RoutingState,
+    dense_capsules,
+    predictions,
+    routing,
+    routing_state,
+)
 from capsjax._vectors import length, squash
 from capsjax.nn import Prediction, predict
 
@@ -16,6 +22,7 @@ __all__ = [
     "caps_loss",
     "data",
     "decode",
+    "dense_capsules",
     "length",
     "margin_loss",
     "mask",

@@ -3,7 +3,9 @@
 Letters: `...` leading axes, j output capsule, i input capsule, d output and k input dimension.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax._vectors import at_least_float32, float_dtype, squash
+
+# Numbers an example that the capsule layer may hold at once: MNIST has 92,160.
+_TOGETHER = 2**17
 
 
 class RoutingState(NamedTuple):
@@ -120,22 +125,140 @@ def routing_state(
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1.
     """
     u_hat = jnp.asarray(u_hat)
-    bias = jnp.float32(0) if bias is None else jnp.asarray(bias)
     _check_routing(u_hat, routings, bias)
-    u = at_least_float32(u_hat)
-    bias = jnp.broadcast_to(at_least_float32(bias), (*u.shape[:-2], u.shape[-1]))
-    inner_u, inner_bias = lax.stop_gradient((u, bias)) if stop_gradient else (u, bias)
 
-    classes = u.shape[-3]
+    def weighted_sum(couplings: jax.Array, u_hat: jax.Array) -> jax.Array:
+        return jnp.sum(couplings[..., None] * u_hat, -2)  # s [..., j, d]
+
+    def agreement(v: jax.Array, u_hat: jax.Array) -> jax.Array:
+        return jnp.sum(u_hat * v[..., None, :], -1)  # û·v [..., j, i]
+
+    state = _route(
+        weighted_sum,
+        agreement,
+        at_least_float32(u_hat),
+        u_hat.shape[:-1],
+        _lift(bias, (*(1,) * (u_hat.ndim - 3), u_hat.shape[-3], u_hat.shape[-1])),
+        routings=routings,
+        stop_gradient=stop_gradient,
+        axis=-2,
+    )
+    return state._replace(capsules=state.capsules.astype(float_dtype(u_hat)))
+
+
+def dense_capsules(
+    u: ArrayLike,
+    weight: ArrayLike,
+    routings: int = 3,
+    *,
+    bias: ArrayLike | None = None,
+    stop_gradient: bool = True,
+) -> jax.Array:
+    """The capsule layer as one function: `routing(predictions(u, weight))`, but û is never made.
+
+    s_jd = Σ_ik (c_ji u_ik) W_jidk,   û_ji · v_j = Σ_k u_ik (Σ_d W_jidk v_jd)
+
+    Both sums are matrix products, with k in place of the d numbers that û has for each i and j.
+
+    Args:
+      u: input capsules [..., i, k], of any float dtype; sums run in float32.
+      weight: W [j, i, d, k].
+      routings: as in `routing`.
+      bias: [j, d], as in `routing`.
+      stop_gradient: as in `routing`.
+
+    Returns:
+      v: output capsules [..., j, d] in the dtype of `u`.
+
+    Raises:
+      ValueError: as `predictions` and `routing`.
+
+    Example:
+      >>> import jax.numpy as jnp, capsjax
+      >>> u, weight = jnp.ones((128, 1152, 8)), jnp.ones((10, 1152, 16, 8))
+      >>> capsjax.dense_capsules(u, weight, routings=3).shape
+      (128, 10, 16)
+
+    References:
+      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, eq. 2 and procedure 1.
+    """
+    u, weight = jnp.asarray(u), jnp.asarray(weight)
+    check_capsule_layer("dense_capsules", u, weight)
+    j, i, d, k = weight.shape
+    _check_routing(jax.ShapeDtypeStruct((j, i, d), u.dtype), routings, bias)
+    lead, dtype = u.shape[:-2], float_dtype(u)
+    # i last: the sums over k then run along whole rows, which a CPU does many at a time.
+    rows = u.astype(dtype).swapaxes(-1, -2).reshape(math.prod(lead), k, i)  # [b, k, i]
+    maps = weight.astype(dtype).transpose(0, 2, 3, 1).reshape(j, d, k * i)
+    # One output capsule after the other, if all at once would be large.
+    over_classes = jax.vmap if j * i * k <= _TOGETHER else _one_by_one
+
+    def weighted_sum(couplings: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, maps = inputs
+
+        def one(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k·i] -> s [b, d]
+            weighted = c.astype(dtype)[:, None, :] * rows
+            return _dot(weighted.reshape(-1, k * i), w, 1)
+
+        return over_classes(jax.checkpoint(one))(couplings, maps)
+
+    def agreement(v: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, maps = inputs
+
+        def one(v: jax.Array, w: jax.Array) -> jax.Array:  # v [b, d], w [d, k·i] -> û·v [b, i]
+            return jnp.sum(_dot(v.astype(dtype), w, 0).reshape(-1, k, i) * rows, 1)
+
+        return over_classes(jax.checkpoint(one))(v, maps)
+
+    state = _route(
+        weighted_sum,
+        agreement,
+        (rows, maps),
+        (j, rows.shape[0], i),
+        _lift(bias, (j, 1, d)),
+        routings=routings,
+        stop_gradient=stop_gradient,
+        axis=0,
+    )
+    return state.capsules.swapaxes(0, 1).reshape(*lead, j, d).astype(dtype)
+
+
+def _route(
+    weighted_sum: Callable[[jax.Array, Any], jax.Array],
+    agreement: Callable[[jax.Array, Any], jax.Array],
+    inputs: Any,
+    shape: tuple[int, ...],
+    bias: jax.Array,
+    *,
+    routings: int,
+    stop_gradient: bool,
+    axis: int,
+) -> RoutingState:
+    """Procedure 1, whatever it is that the couplings of `shape` weigh; j runs along `axis`."""
+    inner, inner_bias = lax.stop_gradient((inputs, bias)) if stop_gradient else (inputs, bias)
+    logits = jnp.zeros(shape)
     # The first couplings are known: a softmax of zeros would be folded for seconds at compile time.
-    logits = jnp.zeros(u.shape[:-1], u.dtype)
-    couplings = jnp.full_like(logits, 1 / classes)
+    couplings = jnp.full(shape, 1 / shape[axis])
     for _ in range(routings - 1):
-        v = squash(jnp.sum(couplings[..., None] * inner_u, -2) + inner_bias)
-        logits += jnp.sum(inner_u * v[..., None, :], -1)
-        couplings = jax.nn.softmax(logits, axis=-2)
-    v = squash(jnp.sum(couplings[..., None] * u, -2) + bias)
-    return RoutingState(logits, couplings, v.astype(float_dtype(u_hat)))
+        v = squash(weighted_sum(couplings, inner) + inner_bias)
+        logits += agreement(v, inner)
+        couplings = jax.nn.softmax(logits, axis)
+    return RoutingState(logits, couplings, squash(weighted_sum(couplings, inputs) + bias))
+
+
+def _lift(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+    """A bias [j, d] with axes of size 1 to match the sums that it is added to; None is 0."""
+    return jnp.zeros(()) if bias is None else at_least_float32(jnp.asarray(bias)).reshape(shape)
+
+
+def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """Sums over the last axis of x and one of w, in float32."""
+    return lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _one_by_one(function: Callable) -> Callable:
+    """As `jax.vmap`, with the memory of one call."""
+    return lambda *arrays: lax.map(lambda slices: function(*slices), arrays)
 
 
 def check_capsule_layer(function: str, u: jax.Array, weight: jax.Array) -> None:
@@ -150,11 +273,16 @@ def check_capsule_layer(function: str, u: jax.Array, weight: jax.Array) -> None:
         )
 
 
-def _check_routing(u_hat: jax.Array, routings: int, bias: jax.Array) -> None:
+def check_routings(routings: int) -> None:
+    """Raises ValueError unless routings is an int of 1 or more."""
     if not isinstance(routings, int) or isinstance(routings, bool) or routings < 1:
         raise ValueError(f"routing: routings is an int of 1 or more, got {routings!r}")
-    if u_hat.ndim < 3:
+
+
+def _check_routing(u_hat: Any, routings: int, bias: ArrayLike | None) -> None:
+    check_routings(routings)
+    if u_hat.ndim < 3 or not u_hat.shape[-3]:
         raise ValueError(f"routing: expected predictions [..., j, i, d], got {list(u_hat.shape)}")
     j, _, d = u_hat.shape[-3:]
-    if bias.shape not in ((), (j, d)):
-        raise ValueError(f"routing: expected a bias [j, d] = [{j}, {d}], got {list(bias.shape)}")
+    if bias is not None and jnp.shape(bias) != (j, d):
+        raise ValueError(f"routing: expected a bias [j, d] = [{j}, {d}], got {[*jnp.shape(bias)]}")

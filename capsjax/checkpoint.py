@@ -1,18 +1,21 @@
-"""Checkpoints of a run, and what makes them trustworthy: a digest of every array.
+"""Checkpoints of a run, and what makes them trustworthy: digests.
 
 Orbax writes and prunes them, in the background. It does not notice a flipped byte when it reads
-one, so each checkpoint carries a CRC-32 of every array, and one that fails it does not count.
+one, so each checkpoint carries a CRC-32 of all that is in it, and one that fails it does not count.
 """
 
+import contextlib
+import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from capsjax.train import TrainState
 
@@ -45,16 +48,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        kept = BestN(
-            get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        # Two, so that one damaged checkpoint never loses the run.
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(2), kept]),
-            best_fn=_error,
-            best_mode="min",
-        )
+        self._errors: dict[int, float] = {}  # of the steps that have one
+        options = ocp.CheckpointManagerOptions(preservation_policy=_LastTwoAndBest(self._errors))
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(CheckpointError):
+                self._set_error(step, self._about(step)["error"])
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -70,17 +69,29 @@ class Checkpoints:
           notes: anything JSON holds.
           error: validation error between 0 and 1, at an epoch's end, for choosing the best.
         """
-        # np.array copies; on a CPU np.asarray is a view of a buffer that the next step reuses.
-        arrays = {name: np.array(leaf) for name, leaf in named_leaves(state)}
-        step = int(arrays["step"])
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        digests = {name: _digest(array) for name, array in arrays.items()}
+        leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state)}
+        # One array, since of several that are damaged Orbax reports one and leaves the others to
+        # fail behind its back. Also a copy: on a CPU the leaves are views of what is donated.
+        content = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves.values()])
+        about = {
+            "arrays": [[name, leaf.dtype.name, leaf.shape] for name, leaf in leaves.items()],
+            "crc32": zlib.crc32(content.data),
+            "error": error,
+            "notes": notes,
+        }
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            notes=ocp.args.JsonSave({"digests": digests, "notes": notes}),
+            state=ocp.args.StandardSave({"content": content}),
+            about=ocp.args.JsonSave({**about, "about_crc32": _digest(about)}),
         )
-        self._manager.save(step, args=items, metrics=None if error is None else {"error": error})
+        step = int(leaves["step"])
+        self.wait()  # Orbax would delete a checkpoint that it is still writing
+        # Those from here on were passed over, and Orbax saves no step before one that it has.
+        for later in self._manager.all_steps():
+            if later >= step:
+                self._manager.delete(later)
+                self._set_error(later, None)
+        self._manager.save(step, args=items)
+        self._set_error(step, error)  # after: the best before this one is kept until the next save
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk."""
@@ -108,22 +119,54 @@ class Checkpoints:
         Raises:
           CheckpointError: if there is none, or it is damaged.
         """
-        step = self._manager.best_step()
+        step = _best(self._errors)
         checkpoint = self.last() if step is None else self._read(step)
         if checkpoint is None:
             raise CheckpointError(f"there is no checkpoint in {self.folder} yet")
         return checkpoint
 
+    def _set_error(self, step: int, error: float | None) -> None:
+        self._errors.pop(step, None)
+        if error is not None:
+            self._errors[step] = error
+
     def _read(self, step: int) -> Checkpoint:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore())
+        about = self._about(step)
+        content = self._restore(step, state=ocp.args.StandardRestore())["content"]
+        if zlib.crc32(content) != about["crc32"]:
+            raise CheckpointError(f"the checkpoint of step {step} was altered after it was written")
+        arrays, start = {}, 0
+        for name, dtype, shape in about["arrays"]:
+            array = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+            arrays[name], start = array, start + array.nbytes
+        return Checkpoint(step, arrays, about["notes"], [])
+
+    def _about(self, step: int) -> dict[str, Any]:
+        about = self._restore(step, about=ocp.args.JsonRestore())
+        if about.pop("about_crc32", None) != _digest(about):
+            raise CheckpointError(f"the checkpoint of step {step} was altered after it was written")
+        return about
+
+    def _restore(self, step: int, **item: ocp.args.CheckpointArgs) -> dict[str, Any]:
+        """Restores one item, given by its name."""
+        self.wait()
         try:
-            read = self._manager.restore(step, args=items)
-            arrays, digests = dict(read.state), read.notes["digests"]
+            read = self._manager.restore(step, args=ocp.args.Composite(**item))
+            return dict(read[next(iter(item))])
         except Exception as error:  # a damaged file makes Orbax raise anything
             raise CheckpointError(f"the checkpoint of step {step} cannot be read") from error
-        if {name: _digest(array) for name, array in arrays.items()} != digests:
-            raise CheckpointError(f"the checkpoint of step {step} was altered after it was written")
-        return Checkpoint(step, arrays, read.notes["notes"], [])
+
+
+class _LastTwoAndBest(PreservationPolicy):
+    """Two, so that one damaged checkpoint never loses the run."""
+
+    def __init__(self, errors: dict[int, float]):
+        self._errors = errors
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-2:], _best(self._errors)}
+        return [step in kept for step in steps]
 
 
 def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str = "") -> Any:
@@ -159,9 +202,10 @@ def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def _digest(array: np.ndarray) -> int:
-    return zlib.crc32(array.tobytes())
+def _best(errors: dict[int, float]) -> int | None:
+    """The step of least error, of equal ones the last."""
+    return min(errors, key=lambda step: (errors[step], -step), default=None)
 
 
-def _error(metrics: dict[str, float]) -> float:
-    return metrics["error"]
+def _digest(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())

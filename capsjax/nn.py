@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from capsjax._conv import conv
 from capsjax._decoder import decode, mask
 from capsjax._primary import Grouping, primary_capsules
-from capsjax._routing import predictions, routing
+from capsjax._routing import check_routings, dense_capsules
 from capsjax._vectors import length
 
 Initializer = initializers.Initializer
@@ -113,7 +113,7 @@ class PrimaryCaps(nnx.Module):
 class DenseCaps(nnx.Module):
     """A capsule layer in which every input capsule predicts every output capsule.
 
-    v = routing(W u)
+    v = routing(W u), as `capsjax.dense_capsules` with its parameters
 
     Args:
       in_num_caps: the number of i.
@@ -160,8 +160,9 @@ class DenseCaps(nnx.Module):
         self.routings, self.stop_gradient = routings, stop_gradient
 
     def __call__(self, u: ArrayLike) -> jax.Array:
-        return routing(
-            predictions(u, self.weight[...]),
+        return dense_capsules(
+            u,
+            self.weight[...],
             self.routings,
             bias=None if self.bias is None else self.bias[...],
             stop_gradient=self.stop_gradient,
@@ -229,8 +230,10 @@ class CapsNet(nnx.Module):
                 f"convolutions of {kernel_size}×{kernel_size} need images of at least "
                 f"{2 * kernel_size - 1}×{2 * kernel_size - 1} pixels, one channel and one class"
             )
-        if not isinstance(routings, int) or routings < 1:
-            raise ValueError(f"CapsNet: routings is an int of 1 or more, got {routings!r}")
+        sizes = (channels, kernel_size, types, dim_primary, dim_class, *hidden)
+        if min(sizes) < 1:
+            raise ValueError(f"CapsNet: sizes are 1 or more, got {sizes}")
+        check_routings(routings)
         if init not in _INITS:
             raise ValueError(f"CapsNet: init is one of {tuple(_INITS)}, got {init!r}")
         self.image_shape = (height, width, depth)
@@ -271,11 +274,7 @@ class CapsNet(nnx.Module):
 
     def __call__(self, images: ArrayLike, labels: ArrayLike | None = None) -> CapsNetOutput:
         images = jnp.asarray(images)
-        if images.shape[-3:] != self.image_shape:
-            raise ValueError(
-                f"CapsNet: expected images [..., {', '.join(map(str, self.image_shape))}], "
-                f"got {list(images.shape)}"
-            )
+        self.check_images(images)
         x = conv(images, self.conv1.kernel[...])
         x = jax.nn.relu(x + jnp.broadcast_to(self.conv1.bias[...], x.shape))
         capsules = self.classes(self.primary(x))

@@ -128,7 +128,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     sums = jax.tree.map(jnp.add, state.sums, metrics)
     next_state = TrainState(state.step + 1, params, opt_state, sums)
-    return next_state, Report(state.step + 1, metrics, optax.global_norm(gradient))
+    return next_state, Report(state.step + 1, metrics, optax.tree.norm(gradient))
 
 
 def eval_step(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
@@ -130,7 +130,7 @@ def reconstructions(images: ArrayLike, reconstructed: ArrayLike) -> Figure:
       XifengGuo/CapsNet-Pytorch, real_and_recon.png.
     """
     real, drawn = _rgb(images), _rgb(reconstructed)
-    if real.shape != drawn.shape or real.ndim != 4:
+    if np.shape(images) != np.shape(reconstructed) or real.ndim != 4:
         raise ValueError(
             "reconstructions: expected two arrays of one shape [N, H, W, C], got "
             f"{list(np.shape(images))} and {list(np.shape(reconstructed))}"
@@ -318,7 +318,8 @@ def _labelled_grid(pixels: np.ndarray, pairs: Sequence[tuple[str, str]]) -> tupl
 
 def _text_width(text: str) -> float:
     """Screen pixels."""
-    return TextPath((0, 0), text, prop=_FONT).get_extents().width * DPI / 72
+    width, _, _ = RendererAgg(1, 1, DPI).get_text_width_height_descent(text, _FONT, False)
+    return width
 
 
 def _drawable(name: str, number: int) -> str:

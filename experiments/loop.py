@@ -73,7 +73,8 @@ class Runner:
         figures on the test images.
 
         Raises:
-          Diverged: at the first step with a loss or gradient that is not finite.
+          Diverged: at the first step with a loss or gradient that is not finite, or the end of the
+            first epoch after which a validation or test loss is not.
           SystemExit: after SIGINT or SIGTERM and the checkpoint that follows it, status 128 + n.
         """
         plan, test = self.plan, None
@@ -87,14 +88,19 @@ class Runner:
                 held_out = plan.validation_indices
                 validation = self.evaluate(state.params, held_out) if len(held_out) else None
                 test = self.evaluate(state.params)
+                for split, figures in (("validation", validation), ("test", test)):
+                    if figures is not None:
+                        _require_finite(state.step, figures, f"{split} ")
                 rows.append(self._row(epoch, state, validation, test, seconds))
                 # The row before its checkpoint: a run killed between them does the end of the
                 # epoch again, and its row; the other way round the row would be lost.
                 run_folder.write_rows(folder, rows)
-                state, seconds = state._replace(sums=Metrics.zeros()), 0.0
+                # Placed like the rest of the state: the next epoch runs the same compiled step.
+                zeros = jax.device_put(Metrics.zeros(), sharding.replicated(plan.mesh))
+                state, seconds = state._replace(sums=zeros), 0.0
                 error = validation.error / 100 if validation else None
                 checkpoints.save(state, {"seconds": seconds}, error)
-                tqdm.write(_summary(rows[-1], epochs))
+                print(_summary(rows[-1], epochs), flush=True)
             if len(plan.validation_indices):
                 checkpoints.wait()
                 best = checkpoints.best()
@@ -152,13 +158,9 @@ class Runner:
         """Shows a step's figures, or stops the run over them."""
         report = jax.device_get(report)
         figures = Figures.of(report.metrics, np.empty(0))
-        for quantity, value in (
-            ("margin loss", figures.margin),
-            ("reconstruction loss", figures.reconstruction),
-            ("gradient", float(report.gradient)),
-        ):
-            if not math.isfinite(value):
-                raise Diverged(f"step {report.step}: the {quantity} is {value}")
+        _require_finite(report.step, figures)
+        if not math.isfinite(report.gradient):
+            raise Diverged(f"step {report.step}: the gradient is {report.gradient}")
         bar.set_postfix(
             loss=f"{figures.loss(self.plan.recipe.lam_recon):.4f}",
             accuracy=f"{100 - figures.error:.1f} %",
@@ -225,6 +227,13 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _require_finite(step: Any, figures: Figures, split: str = "") -> None:
+    for quantity in ("margin", "reconstruction"):
+        loss = getattr(figures, quantity)
+        if not math.isfinite(loss):
+            raise Diverged(f"step {step}: the {split}{quantity} loss is {loss}")
 
 
 def _summary(row: dict[str, Any], epochs: int) -> str:

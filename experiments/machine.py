@@ -12,16 +12,16 @@ import jax
 
 def prepare() -> None:
     """Keeps memory between steps, keeps compiled code between runs, and hushes the libraries."""
-    _keep_freed_memory()
+    keep_freed_memory()
     if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         # Compiled code fits one kind of processor, and home folders are shared between machines.
         folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has glibc keep what is freed: else every step's large buffers are unmapped and faulted in
     again page by page, which takes as long as the arithmetic."""
     if not sys.platform.startswith("linux"):

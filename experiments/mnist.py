@@ -26,8 +26,8 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
     settings = parse(args, presets)
     with refusals():
         plan, state = make_plan(settings, presets[settings.recipe.preset])
-        folder, state, notes = start.open_run(plan, state)
         runner = Runner(plan)
+        folder, state, notes = start.open_run(plan, state)
     print(f"run       {folder}", flush=True)
 
     if settings.run.testing:
@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
         try:
             state, test = runner.train(folder, state, notes)
         except Diverged as error:
-            print(f"error: {error}; the last good checkpoint is kept in {folder}", file=sys.stderr)
+            print(f"error: {error}; checkpoints before it are kept in {folder}", file=sys.stderr)
             raise SystemExit(1) from error
     model = merge(plan.recipe.graphdef, state.params)
     data = plan.dataset

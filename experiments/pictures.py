@@ -61,8 +61,8 @@ def perturbed(model: capsjax.nn.CapsNet, image: np.ndarray, offsets: np.ndarray)
     capsules = model(jnp.asarray(image, jnp.float32) / 255).capsules  # [j, d]
     label = jnp.argmax(capsjax.length(capsules))
     numbers = capsules.shape[-1]
-    moves = jnp.eye(numbers)[:, None, :] * jnp.asarray(offsets)[:, None]  # [d, n, d]
-    moved = capsules + moves[..., None, :]  # [d, n, j, d]; the mask leaves one j
+    moves = jnp.eye(numbers)[:, None] * jnp.asarray(offsets)[None, :, None]  # [d, n, d]
+    moved = capsules[None, None] + moves[:, :, None]  # [d, n, j, d]; the mask leaves one j
     layers = [(layer.kernel[...], layer.bias[...]) for layer in model.decoder]
     pixels = capsjax.decode(layers, capsjax.mask(moved, jnp.full(moves.shape[:2], label)))
     return pixels.reshape(*moves.shape[:2], *image.shape)

@@ -26,20 +26,22 @@ def create(folder: Path | None, dataset: str) -> Path:
     """Makes the folder of a new run; None names it after the data set and the time.
 
     Raises:
-      ValueError: if it holds a run already, or is a file.
-      OSError: if it cannot be made or written.
+      ValueError: if it holds a run already, is a file, or cannot be made.
     """
     if folder is None:
         time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = Path("runs") / f"{dataset.replace('/', '-')}-{time}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"--save-dir {folder} is a file; name a folder") from error
+    except OSError as error:
+        raise ValueError(f"--save-dir {folder} cannot be made: {error.strerror}") from error
     if (folder / "config.json").exists():
         raise ValueError(
             f"{folder} holds a run already: go on with it (--resume {folder}) or name another "
             "folder (--save-dir)"
         )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--save-dir {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -58,9 +60,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not (isinstance(config, dict) and {"settings", "data"} <= config.keys()):
+        raise ValueError(f"{path} is damaged: it must hold settings and data")
+    return config
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:

@@ -44,8 +44,8 @@ class Recipe:
     def __post_init__(self):
         for name in ("routings", "epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("shift_pixels", "seed"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.shift_pixels >= 0, "shift_pixels", "0 or more", self.shift_pixels)
+        _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
         _require(0 < self.lr < math.inf, "lr", "a number above 0", self.lr)
         decay, lam = self.lr_decay, self.lam_recon
         _require(decay is None or 0 < decay <= 1, "lr_decay", "above 0 and at most 1", decay)
@@ -172,11 +172,11 @@ def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
 
 def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
     if source.resume is not None:
-        saved = from_json(run_folder.read_config(source.resume)["settings"])
+        saved = _saved(source.resume)
         run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
         return dataclasses.replace(saved, run=run)
     if source.testing and source.weights is not None:
-        saved = from_json(run_folder.read_config(source.weights)["settings"])
+        saved = _saved(source.weights)
         return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
     preset = presets[source.preset]
     recipe = Recipe(
@@ -188,6 +188,16 @@ def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
         shift_pixels=preset.shift_pixels,
     )
     return Settings(recipe)
+
+
+def _saved(folder: Path) -> Settings:
+    config = run_folder.read_config(folder)
+    try:
+        return from_json(config["settings"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged or of another version of capsjax: {error}"
+        ) from error
 
 
 def _refuse_changes(settings: Settings, saved: Settings) -> None:

@@ -50,24 +50,26 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[Path, TrainSta
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
     with checkpoints(folder) as saved:
         checkpoint = saved.last()
-    epochs = plan.settings.recipe.epochs
-    if config["settings"]["recipe"]["epochs"] != epochs:
-        config["settings"]["recipe"]["epochs"] = epochs
-        run_folder.write_config(folder, config)
+    epochs, weights = plan.settings.recipe.epochs, config["settings"]["run"]["weights"]
+    notes = {}
     if checkpoint is not None:
         for step in checkpoint.unsound:
             print(f"the checkpoint of step {step} is damaged and was passed over")
         print(f"resume    step {checkpoint.step} of {epochs * plan.steps}")
-        return folder, fill(state, checkpoint.arrays), checkpoint.notes
-    weights = config["settings"]["run"]["weights"]
-    if weights is not None:
+        state, notes = fill(state, checkpoint.arrays), checkpoint.notes
+    elif weights is not None:
         state = _load_weights(Path(weights), state)
-    return folder, state, {}
+    if config["settings"]["recipe"]["epochs"] != epochs:
+        config["settings"]["recipe"]["epochs"] = epochs
+        run_folder.write_config(folder, config)
+    return folder, state, notes
 
 
 def _load_weights(folder: Path, state: TrainState) -> TrainState:
     """Takes the parameters of another run: its best on validation images, or else its last."""
     run_folder.read_config(folder)
+    if not (folder / "checkpoints").is_dir():  # to open them would make the folder
+        raise ValueError(f"{folder} holds no weights: it ended before its first checkpoint")
     with checkpoints(folder) as saved:
         checkpoint = saved.best()
     return state._replace(params=fill(state.params, checkpoint.arrays, "params."))

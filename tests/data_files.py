@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+from array_record.python.array_record_module import (
     ArrayRecordReader,
 )
 from PIL import Image

@@ -117,7 +117,7 @@ def _from_npz(path: Path, name: str) -> Dataset:
     if path.suffix != ".npz":
         raise DataError(f"{path}: expected a folder or an .npz file, came another kind of file")
     arrays = _npz.read(path)
-    names = arrays.pop("class_names", None)
+    names: Names = arrays.pop("class_names", None)
     if names is None:
         names = _family.class_names(name, (*arrays["x_train"].shape[1:], 1)[:3])
     return _named(arrays, names, name, source=f"{name}: the arrays in {path}")

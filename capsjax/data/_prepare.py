@@ -84,7 +84,7 @@ def _build(stock_builder: Any, config: str, arrays: dict[str, np.ndarray], folde
     count = len(arrays["y_train"]) + len(arrays["y_test"])
     bar = tqdm(total=count, desc=f"preparing {stock_builder.name}", unit=" images", disable=None)
 
-    class Builder(stock_builder, skip_registration=True):  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+    class Builder(stock_builder, skip_registration=True):  # type: ignore[call-arg]
         """The stock builder, but for its two steps that need TensorFlow."""
 
         name = stock_builder.name

@@ -63,7 +63,7 @@ def _verify(content: bytes, starts: np.ndarray, lengths: np.ndarray, path: Path)
 
 def _masked_crc32c(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The checksum of every piece, all pieces at once: a step for each byte of the longest."""
-    table = np.arange(256, dtype=np.uint32)
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
     order = np.argsort(-lengths, kind="stable")

@@ -1,0 +1,65 @@
+"""The same network in PyTorch, written as its users write it: what capsjax is measured against.
+
+Weights are `capsjax.nn.CapsNet`'s, turned to PyTorch's axis order, so that both compute the same.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def squash(s: torch.Tensor) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return norm**2 / (1 + norm**2) / (norm + 1e-8) * s
+
+
+class CapsNet(nn.Module):
+    """CapsNet on 28×28×1 images in 10 classes; capsules are groups of channels."""
+
+    def __init__(self, params: dict[str, Any], routings: int = 3):
+        super().__init__()
+        self.routings = routings
+        conv1, conv2 = params["conv1"], params["primary"]["conv"]
+        self.conv1, self.conv2 = nn.Conv2d(1, 256, 9), nn.Conv2d(256, 256, 9, 2)
+        for layer, ours in ((self.conv1, conv1), (self.conv2, conv2)):
+            layer.weight = _parameter(ours["kernel"].transpose(3, 2, 0, 1))
+            layer.bias = _parameter(ours["bias"])
+        self.weight = _parameter(params["classes"]["weight"])  # [j, i, d, k]
+        layers: list[nn.Module] = []
+        for number in range(3):
+            ours = params["decoder"][number]
+            dense = nn.Linear(*ours["kernel"].shape)
+            dense.weight, dense.bias = _parameter(ours["kernel"].T), _parameter(ours["bias"])
+            layers += [dense, nn.ReLU() if number < 2 else nn.Sigmoid()]
+        self.decoder = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None):
+        x = functional.relu(self.conv1(x))
+        u = self.conv2(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8)
+        v = self.route(torch.matmul(self.weight, squash(u)[:, None, :, :, None]).squeeze(-1))
+        lengths = torch.linalg.vector_norm(v, dim=-1)
+        labels = lengths.argmax(-1) if y is None else y
+        kept = v * functional.one_hot(labels, 10).to(v.dtype)[..., None]
+        return lengths, self.decoder(kept.flatten(1)).reshape(-1, 1, 28, 28)
+
+    def route(self, u_hat: torch.Tensor) -> torch.Tensor:
+        detached = u_hat.detach()
+        b = torch.zeros(u_hat.shape[:-1], device=u_hat.device)
+        for _ in range(self.routings - 1):
+            v = squash((functional.softmax(b, 1)[..., None] * detached).sum(-2))
+            b = b + (detached * v[:, :, None]).sum(-1)
+        return squash((functional.softmax(b, 1)[..., None] * u_hat).sum(-2))
+
+
+def loss(lengths, y, x, reconstruction, lam_recon: float = 0.392) -> torch.Tensor:
+    present = functional.one_hot(y, 10).to(lengths.dtype)
+    too_short, too_long = (0.9 - lengths).clamp(min=0) ** 2, (lengths - 0.1).clamp(min=0) ** 2
+    margin = (present * too_short + 0.5 * (1 - present) * too_long).sum(1).mean()
+    return margin + lam_recon * functional.mse_loss(reconstruction, x)
+
+
+def _parameter(array: np.ndarray) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(np.array(array, np.float32, order="C")))

@@ -1,0 +1,70 @@
+"""What every test runs with: eight CPU devices, a home of its own, no rank promotion."""
+
+import os
+
+# Before jax starts. Tests compare with float64 and place arrays on eight devices: a CPU's work.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "Agg"
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a shape compiles: no deadline. The same examples on every machine.
+hypothesis.settings.register_profile("capsjax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("capsjax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _matplotlib_folder(tmp_path_factory):
+    """One for all tests and their processes: matplotlib lists the fonts once for each."""
+    os.environ["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory, monkeypatch):
+    """No test reads or writes what a user keeps at home."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tensorflow_datasets"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=[jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    """A float dtype."""
+    return request.param
+
+
+# Not all pairs, since each is compiled.
+FORMS = [("eager", (3, 2)), ("jit", ()), ("jit", (2,)), ("jit", (3, 2)), ("vmap", (3, 2))]
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{len(form[1])}-leading-axes")
+def _form(request):
+    return request.param
+
+
+@pytest.fixture
+def lead(_form) -> tuple[int, ...]:
+    """Leading axes."""
+    return _form[1]
+
+
+@pytest.fixture
+def call(_form):
+    """Calls a function on arrays that all begin with the axes `lead`: as it is, jitted, mapped."""
+    how, _ = _form
+    transform = {"eager": lambda f: f, "jit": jax.jit, "vmap": lambda f: jax.jit(jax.vmap(f))}[how]
+    return lambda function, *arrays: transform(function)(*arrays)

@@ -1,0 +1,169 @@
+"""The paper's procedures as loops in NumPy and float64, written from the paper's text.
+
+Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.
+
+Each function computes one example; `np.vectorize` loops over the leading axes.
+"""
+
+import math
+
+import numpy as np
+
+
+@np.vectorize(signature="(d)->()")
+def length(x):
+    return math.sqrt(sum(float(component) ** 2 for component in x))
+
+
+@np.vectorize(signature="(d)->(d)")
+def squash(s):
+    """Equation 1: short vectors shrink to almost zero, long ones to a length slightly below 1."""
+    norm = float(length(s))
+    if norm == 0:
+        return np.zeros(len(s))
+    return norm**2 / (1 + norm**2) * (np.asarray(s, np.float64) / norm)
+
+
+def squash_jacobian(s):
+    """dv_a / ds_b. With n = |s|, v = f(n) s and f = n / (1 + n²): f δ_ab + f' s_a s_b / n."""
+    s = np.asarray(s, np.float64)
+    n = float(length(s))
+    if n == 0:
+        return np.zeros((len(s), len(s)))
+    slope = (1 - n**2) / (1 + n**2) ** 2
+    return n / (1 + n**2) * np.eye(len(s)) + slope * n * np.outer(s / n, s / n)
+
+
+@np.vectorize(signature="(i,k),(j,i,d,k)->(j,i,d)")
+def predictions(u, weight):
+    """Equation 2, right: each input capsule times a matrix for each output capsule."""
+    u, weight = u.astype(np.float64), weight.astype(np.float64)
+    u_hat = np.zeros(weight.shape[:3])
+    for j in range(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            u_hat[j, i] = weight[j, i] @ u[i]
+    return u_hat
+
+
+def routing_state(u_hat, routings, bias=None):
+    """Procedure 1: logits and couplings of the last iteration [..., j, i], capsules [..., j, d]."""
+    bias = np.zeros((u_hat.shape[-3], u_hat.shape[-1])) if bias is None else bias
+    return _route(u_hat, bias, routings)
+
+
+@np.vectorize(signature="(j,i,d),(j,d),()->(j,i),(j,i),(j,d)")
+def _route(u_hat, bias, routings):
+    u_hat, bias = u_hat.astype(np.float64), bias.astype(np.float64)
+    classes, inputs, dim = u_hat.shape
+    b, c, v = np.zeros((classes, inputs)), np.zeros((classes, inputs)), np.zeros((classes, dim))
+    for iteration in range(routings):
+        for i in range(inputs):  # softmax over the output capsules, for every input capsule
+            weights = [math.exp(b[j, i] - b[:, i].max()) for j in range(classes)]
+            for j in range(classes):
+                c[j, i] = weights[j] / sum(weights)
+        for j in range(classes):
+            s = bias[j].copy()
+            for i in range(inputs):
+                s += c[j, i] * u_hat[j, i]
+            v[j] = squash(s)
+        if iteration < routings - 1:
+            for j in range(classes):
+                for i in range(inputs):
+                    b[j, i] += u_hat[j, i] @ v[j]
+    return b, c, v
+
+
+@np.vectorize(signature="(h,w,c),(p,q,c,o),()->(r,s,o)")
+def conv(x, kernel, strides):
+    """A convolution without padding, `strides` pixels from one output to the next."""
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    height, width, _ = x.shape
+    p, q, _, channels = kernel.shape
+    y = np.zeros(((height - p) // strides + 1, (width - q) // strides + 1, channels))
+    for row in range(y.shape[0]):
+        for column in range(y.shape[1]):
+            top, left = row * strides, column * strides
+            patch = x[top : top + p, left : left + q]
+            for channel in range(channels):
+                y[row, column, channel] = np.sum(patch * kernel[..., channel])
+    return y
+
+
+def primary_capsules(x, kernel, bias, dim, strides=2, grouping="channels", coupling=1.0):
+    """§4: capsules of `dim` channels each, for every position of the grid and every type."""
+    s = coupling * conv(x, kernel, strides) + np.asarray(bias, np.float64)
+    group = {"channels": _group_channels, "flat": _group_flat}[grouping]
+    return squash(group(s, np.zeros(dim)))
+
+
+# A signature knows no numbers, so `capsule` is there for its length.
+@np.vectorize(signature="(r,s,o),(k)->(i,k)")
+def _group_channels(s, capsule):
+    dim = len(capsule)
+    rows, columns, channels = s.shape
+    capsules = []
+    for row in range(rows):
+        for column in range(columns):
+            for first in range(0, channels, dim):
+                capsules.append([s[row, column, first + a] for a in range(dim)])
+    return np.array(capsules)
+
+
+@np.vectorize(signature="(r,s,o),(k)->(i,k)")
+def _group_flat(s, capsule):
+    rows, columns, channels = s.shape
+    values = []
+    for channel in range(channels):
+        for row in range(rows):
+            for column in range(columns):
+                values.append(s[row, column, channel])
+    dim = len(capsule)
+    return np.array([values[first : first + dim] for first in range(0, len(values), dim)])
+
+
+@np.vectorize(signature="(j,d),(j)->(n)")
+def mask(capsules, kept):
+    """§4.1: all but the capsules of the right digits are masked out."""
+    x = []
+    for j in range(capsules.shape[0]):
+        for number in capsules[j]:
+            x.append(float(number) if kept[j] else 0.0)
+    return np.array(x)
+
+
+def longest(capsules):
+    """One-hot [..., j] of the longest capsule."""
+    lengths = length(capsules)
+    return np.eye(lengths.shape[-1])[lengths.argmax(-1)]
+
+
+def decode(layers, x):
+    """Figure 2: fully connected layers, rectified, and the last one with a sigmoid."""
+    for layer, (kernel, bias) in enumerate(layers):
+        x = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+        x = np.maximum(x, 0) if layer < len(layers) - 1 else 1 / (1 + np.exp(-x))
+    return x
+
+
+@np.vectorize(signature="(j),(j),(),(),()->()")
+def margin_loss(lengths, present, m_plus, m_minus, down_weight):
+    """Equation 4, summed over the classes."""
+    loss = 0.0
+    for v, t in zip(lengths, present, strict=True):
+        loss += t * max(0.0, m_plus - v) ** 2
+        loss += down_weight * (1 - t) * max(0.0, v - m_minus) ** 2
+    return loss
+
+
+@np.vectorize(signature="(h,w,c),(h,w,c)->()")
+def reconstruction_loss(reconstruction, image):
+    """The squared differences of the pixels, averaged."""
+    loss = 0.0
+    for index in np.ndindex(image.shape):
+        loss += (float(reconstruction[index]) - float(image[index])) ** 2
+    return loss / image.size
+
+
+def caps_loss(present, lengths, images, reconstructions, lam_recon):
+    margin = np.mean(margin_loss(lengths, present, 0.9, 0.1, 0.5))
+    return margin + lam_recon * np.mean(reconstruction_loss(reconstructions, images))

@@ -1,0 +1,135 @@
+import ast
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import capsjax
+
+FUNCTIONS = {
+    "length": "(x, axis=-1, *, keepdims=False)",
+    "squash": "(s, axis=-1)",
+    "primary_capsules": ("(x, kernel, bias, *, dim, strides=2, grouping='channels', coupling=1.0)"),
+    "predictions": "(u, weight)",
+    "routing": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
+    "routing_state": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
+    "mask": "(capsules, labels=None)",
+    "decode": "(params, x)",
+    "margin_loss": "(lengths, labels, *, m_plus=0.9, m_minus=0.1, down_weight=0.5)",
+    "reconstruction_loss": "(reconstruction, images)",
+    "caps_loss": "(y_true, y_pred, x, x_recon, lam_recon)",
+    "predict": "(model, images)",
+}
+MODULES = {
+    "PrimaryCaps": "(self, in_channels, out_channels, dim_caps, *, kernel_size=9, strides=2, ",
+    "DenseCaps": "(self, in_num_caps, in_dim_caps, out_num_caps, out_dim_caps, routings=3, *, ",
+    "CapsNet": "(self, image_shape=(28, 28, 1), classes=10, routings=3, *, ",
+}
+TUPLES = {
+    capsjax.RoutingState: ("logits", "couplings", "capsules"),
+    capsjax.nn.CapsNetOutput: ("lengths", "capsules", "reconstruction"),
+    capsjax.Prediction: ("classes", "lengths", "reconstruction"),
+}
+PUBLIC = {
+    **{name: getattr(capsjax, name) for name in FUNCTIONS},
+    **{name: getattr(capsjax.nn, name) for name in MODULES},
+    "load": capsjax.data.load,
+}
+
+
+def signature(function) -> str:
+    """The signature without its types."""
+    bare = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    parameters = [p.replace(annotation=empty) for p in bare.parameters.values()]
+    return str(bare.replace(parameters=parameters, return_annotation=empty))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_is_called_as_the_design_says(name):
+    assert isinstance(getattr(capsjax, name), FunctionType)
+    assert signature(getattr(capsjax, name)) == FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_made_as_the_design_says(name):
+    made = signature(getattr(capsjax.nn, name).__init__)
+    assert made.startswith(MODULES[name])
+    assert ", rngs" in made
+
+
+@pytest.mark.parametrize("result", TUPLES, ids=lambda result: result.__name__)
+def test_a_result_has_the_fields_that_the_design_says(result):
+    assert result._fields == TUPLES[result]
+
+
+def test_data_load_takes_a_name_and_a_folder():
+    assert signature(capsjax.data.load).startswith("(name='mnist', data_dir=None")
+
+
+def test_the_public_names_are_these_and_there():
+    names = {*FUNCTIONS, "Prediction", "RoutingState", "data", "nn", "presets"}
+    assert names <= set(capsjax.__all__)
+    assert all(hasattr(capsjax, name) for name in capsjax.__all__)
+    assert capsjax.__all__ == sorted(capsjax.__all__)
+
+
+def test_no_public_module_has_the_name_of_a_function():
+    modules = {module.name for module in pkgutil.iter_modules(capsjax.__path__)}
+    assert not modules & set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_has_a_docstring_with_an_example(name):
+    text = inspect.getdoc(PUBLIC[name])
+    assert text
+    assert "Args:" in text
+    assert ">>>" in text
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_returns_and_raises(name):
+    text = inspect.getdoc(getattr(capsjax, name))
+    assert text
+    assert "Returns:" in text
+    assert "Raises:" in text
+
+
+@pytest.mark.parametrize("result", TUPLES, ids=lambda result: result.__name__)
+def test_a_result_has_a_docstring_of_its_own(result):
+    assert result.__doc__
+    assert not result.__doc__.startswith(f"{result.__name__}(")  # what NamedTuple writes
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports anywhere."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules.add(node.module or "")
+    return modules
+
+
+def test_the_mathematics_imports_only_jax_and_itself():
+    files = list(Path(capsjax.__path__[0]).glob("_[a-z]*.py"))
+    assert len(files) >= 6
+    for file in files:
+        for module in imported(file):
+            root, *rest = module.split(".")
+            own = root == "capsjax" and bool(rest) and rest[0].startswith("_")
+            assert own or root in {"jax", "numpy"} or root in sys.stdlib_module_names, file.name
+
+
+def test_importing_capsjax_loads_nothing_heavy():
+    heavy = ["tensorflow", "tensorflow_datasets", "matplotlib", "orbax"]
+    program = f"import sys, capsjax; print([m for m in {heavy} if m in sys.modules])"
+    folder = Path(capsjax.__path__[0]).parent
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

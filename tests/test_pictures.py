@@ -1,0 +1,97 @@
+"""The pictures of a run: each is made, shows what it should, and is written whole or not at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from matplotlib.figure import Figure
+from PIL import Image
+
+import capsjax
+import pictures
+
+NAMES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png")
+ROWS = [{"epoch": "1", "train_error": "4.2", "validation_error": "", "test_error": "3.1"}]
+
+
+def network(shape, classes):
+    """A small one; its numbers are NumPy's, since jax compiles a generator for every shape."""
+    abstract = nnx.eval_shape(
+        lambda: capsjax.nn.CapsNet(
+            shape, classes, channels=4, types=1, hidden=(8,), kernel_size=5, rngs=nnx.Rngs(0)
+        )
+    )
+    graphdef, params = nnx.split(abstract)
+    rng = np.random.default_rng(0)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), p.dtype), params)
+    )
+
+
+def images(number, shape):
+    return np.random.default_rng(0).integers(0, 256, (number, *shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "number"), [((28, 28, 1), 10, 70), ((18, 25, 3), 47, 3)]
+)
+def test_each_picture_is_made_and_has_content(tmp_path, shape, classes, number):
+    x, y = images(number, shape), np.arange(number, dtype=np.int32) % classes
+    names = [f"class name {n}" for n in range(classes)]
+    wrong = (y + 1) % classes
+    pictures.write_pictures(tmp_path, network(shape, classes), x, y, wrong, names, ROWS)
+    assert {path.name for path in tmp_path.iterdir()} == set(NAMES)
+    for name in NAMES:
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert min(pixels.shape[:2]) > 100, name
+        assert len(np.unique(pixels)) > 30, name
+
+
+def test_two_classes_and_no_row_of_metrics_make_every_picture_but_the_curves(tmp_path):
+    x, y = images(2, (16, 16, 1)), np.array([0, 1], np.int32)
+    pictures.write_pictures(tmp_path, network((16, 16, 1), 2), x, y, y, "01", [])
+    assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"curves.png"}
+
+
+def test_a_number_moved_by_nothing_leaves_the_reconstruction():
+    model, image = network((16, 16, 1), 3), images(1, (16, 16, 1))[0]
+    moved = pictures.perturbed(model, image, np.array([-0.25, 0.0, 0.25]))
+    assert moved.shape == (16, 3, 16, 16, 1)
+    expected = capsjax.predict(model, image).reconstruction
+    np.testing.assert_allclose(moved[:, 1], np.broadcast_to(expected, (16, 16, 16, 1)), atol=1e-6)
+
+
+def test_each_number_of_the_longest_capsule_is_moved_by_itself():
+    model, image = network((16, 16, 1), 3), images(1, (16, 16, 1))[0]
+    moved = pictures.perturbed(model, image, pictures.OFFSETS)
+    capsules = model(jnp.asarray(image / 255, jnp.float32)).capsules
+    longest = int(capsjax.length(capsules).argmax())
+    layers = [(layer.kernel[...], layer.bias[...]) for layer in model.decoder]
+    for number, column in [(0, 0), (5, 10), (15, 7)]:
+        by_hand = np.zeros((3, 16), np.float32)
+        by_hand[longest] = capsules[longest]
+        by_hand[longest, number] += -0.25 + 0.05 * column
+        expected = capsjax.decode(layers, by_hand.ravel()).reshape(16, 16, 1)
+        np.testing.assert_allclose(moved[number, column], expected, atol=1e-6)
+
+
+def test_the_offsets_are_eleven_from_minus_to_plus_a_quarter():
+    np.testing.assert_allclose(pictures.OFFSETS, np.linspace(-0.25, 0.25, 11), atol=1e-12)
+
+
+class Unwritable(Figure):
+    """A figure whose disk is full halfway."""
+
+    def savefig(self, fname, **kwargs):
+        fname.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+
+def test_an_interrupted_picture_leaves_the_old_one_and_nothing_else(tmp_path):
+    (tmp_path / "curves.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="no space"):
+        pictures.write(Unwritable(), tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    assert (tmp_path / "curves.png").read_bytes() == b"old"

@@ -1,0 +1,355 @@
+from functools import partial
+from itertools import pairwise
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_shape
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec
+from jax.test_util import check_grads
+
+import capsjax
+import reference
+from capsjax.sharding import make_mesh
+
+J, N, D, K = 3, 5, 4, 2  # output and input capsules, and their dimensions
+
+# Compiled once for each number of iterations.
+routing = jax.jit(capsjax.routing, static_argnames=("routings", "stop_gradient"))
+routing_state = jax.jit(capsjax.routing_state, static_argnames=("routings", "stop_gradient"))
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+@pytest.fixture
+def u_hat(rng):
+    """Predictions of a batch of two, large enough for couplings to differ."""
+    return jnp.asarray(2 * rng.normal(size=(2, J, N, D)), jnp.float32)
+
+
+@pytest.fixture
+def bias(rng):
+    return jnp.asarray(rng.normal(size=(J, D)), jnp.float32)
+
+
+def test_predictions_equal_the_paper(rng, lead, dtype, call):
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), dtype)
+    u = jnp.asarray(rng.normal(size=(*lead, N, K)), dtype)
+    u_hat = call(lambda u: capsjax.predictions(u, weight), u)
+    assert_shape(u_hat, (*lead, J, N, D))
+    assert u_hat.dtype == dtype
+    expected = reference.predictions(float64(u), float64(weight))
+    tolerance = {"float32": 1e-6, "bfloat16": 2**-8}[dtype.__name__]
+    np.testing.assert_allclose(float64(u_hat), expected, rtol=tolerance, atol=1e-6)
+
+
+def test_routing_equals_the_paper(rng, lead, dtype, call):
+    u_hat = jnp.asarray(rng.normal(size=(*lead, J, N, D)), dtype)
+    v = call(capsjax.routing, u_hat)
+    assert_shape(v, (*lead, J, D))
+    assert v.dtype == dtype
+    _, _, expected = reference.routing_state(float64(u_hat), 3)
+    tolerance = {"float32": 2e-5, "bfloat16": 2**-8}[dtype.__name__]
+    np.testing.assert_allclose(float64(v), expected, rtol=tolerance, atol=2e-6)
+
+
+def test_routing_state_with_a_bias_equals_the_paper(rng, lead, dtype, call):
+    u_hat = jnp.asarray(rng.normal(size=(*lead, J, N, D)), dtype)
+    bias = jnp.asarray(rng.normal(size=(J, D)), dtype)
+    state = call(lambda u_hat: capsjax.routing_state(u_hat, 2, bias=bias), u_hat)
+    expected = reference.routing_state(float64(u_hat), 2, float64(bias))
+    chex.assert_shape([state.logits, state.couplings], (*lead, J, N))
+    assert_shape(state.capsules, (*lead, J, D))
+    assert state.logits.dtype == state.couplings.dtype == jnp.float32
+    assert state.capsules.dtype == dtype
+    for result, paper in zip(state[:2], expected[:2], strict=True):  # float32 inside, always
+        np.testing.assert_allclose(result, paper, rtol=2e-5, atol=2e-6)
+    tolerance = {"float32": 2e-5, "bfloat16": 2**-8}[dtype.__name__]
+    np.testing.assert_allclose(float64(state.capsules), expected[2], rtol=tolerance, atol=2e-6)
+
+
+def test_routing_gives_the_capsules_of_routing_state(u_hat, bias):
+    v = routing(u_hat, routings=2, bias=bias)
+    chex.assert_trees_all_equal(v, routing_state(u_hat, routings=2, bias=bias).capsules)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.sampled_from([(1, 1, 1), (3, 2, 4), (2, 5, 1)]),
+        elements=st.floats(-8, 8, width=32),
+    ),
+    st.integers(1, 3),
+)
+@settings(max_examples=150)
+def test_routing_equals_the_paper_at_any_value(u_hat, routings):
+    state = routing_state(u_hat, routings=routings)
+    _, couplings, capsules = reference.routing_state(float64(u_hat), routings)
+    # Logits of tens turn a float32 rounding of theirs into one of the couplings.
+    np.testing.assert_allclose(state.couplings, couplings, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(state.capsules, capsules, rtol=1e-3, atol=1e-5)
+
+
+@given(
+    hnp.arrays(np.float32, (2, 3, 4, 2), elements=st.floats(-(2**20), 2**20, width=32)),
+    st.integers(1, 3),
+)
+@settings(max_examples=150)
+def test_each_input_capsule_shares_itself_out_whole(u_hat, routings):
+    couplings = routing_state(u_hat, routings=routings).couplings
+    assert (couplings >= 0).all()
+    np.testing.assert_allclose(couplings.sum(-2), 1, rtol=1e-6)
+
+
+@given(hnp.arrays(np.float32, (2, 3, 4, 2), elements=st.floats(-8, 8, width=32)), st.data())
+@settings(max_examples=60)
+def test_the_order_of_capsules_does_not_matter(u_hat, data):
+    i, j = (np.array(data.draw(st.permutations(range(n)))) for n in (4, 3))
+    v = routing(u_hat, routings=3)
+    np.testing.assert_allclose(routing(u_hat[:, :, i], routings=3), v, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(routing(u_hat[:, j], routings=3), v[:, j], rtol=1e-3, atol=1e-5)
+
+
+@given(hnp.arrays(np.float32, (3, 3, 4, 2), elements=st.floats(-8, 8, width=32)))
+@settings(max_examples=60)
+def test_an_example_is_routed_as_if_it_were_alone(u_hat):
+    v = routing(u_hat, routings=3)
+    for row in range(len(u_hat)):
+        alone = routing(u_hat[row : row + 1], routings=3)
+        np.testing.assert_allclose(alone[0], v[row], rtol=1e-4, atol=1e-6)
+
+
+def test_one_iteration_couples_uniformly(u_hat):
+    state = routing_state(u_hat, routings=1)
+    np.testing.assert_allclose(state.couplings, np.full((2, J, N), 1 / J), rtol=1e-6)
+    assert not state.logits.any()
+    np.testing.assert_allclose(
+        state.capsules, reference.squash(float64(u_hat).mean(-2) * N / J), rtol=1e-5
+    )
+
+
+def test_three_iterations_are_the_default(u_hat):
+    chex.assert_trees_all_equal(routing_state(u_hat), routing_state(u_hat, routings=3))
+    chex.assert_trees_all_equal(routing(u_hat), routing(u_hat, routings=3))
+
+
+def test_every_iteration_changes_the_result(u_hat):
+    results = [float64(routing(u_hat, routings=routings)) for routings in (1, 2, 3, 4)]
+    for before, after in pairwise(results):
+        assert np.abs(after - before).max() > 1e-3
+
+
+def test_inputs_go_where_they_agree():
+    u_hat = np.zeros((2, 3, 2), np.float32)
+    u_hat[0] = [[1, 0], [1, 0], [1, 0]]  # all three predict the same of the first capsule
+    u_hat[1] = [[1, 0], [-1, 0], [0, 1]]
+    state = routing_state(u_hat, routings=3)
+    assert (state.couplings[0] > 0.6).all()
+    assert capsjax.length(state.capsules)[0] > capsjax.length(state.capsules)[1]
+
+
+def test_the_bias_is_added_in_every_iteration(rng, u_hat, bias):
+    two = routing_state(u_hat, routings=2, bias=bias)
+    first = reference.squash(float64(u_hat).sum(-2) / J + float64(bias))
+    logits = np.einsum("bjid,bjd->bji", float64(u_hat), first)
+    np.testing.assert_allclose(two.logits, logits, rtol=1e-5, atol=1e-5)
+    s = np.einsum("bji,bjid->bjd", float64(two.couplings), float64(u_hat)) + float64(bias)
+    np.testing.assert_allclose(two.capsules, reference.squash(s), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("routings", [1, 3])
+def test_the_gradient_is_that_at_frozen_couplings(routings, u_hat, bias):
+    couplings = routing_state(u_hat, routings=routings, bias=bias).couplings
+
+    def frozen(u_hat, bias):
+        s = jnp.sum(couplings[..., None] * u_hat, -2)
+        return jnp.sum(jnp.sin(capsjax.squash(s + jnp.broadcast_to(bias, s.shape))))
+
+    def routed(u_hat, bias):
+        return jnp.sum(jnp.sin(capsjax.routing(u_hat, routings, bias=bias)))
+
+    expected = jax.jit(jax.grad(frozen, (0, 1)))(u_hat, bias)
+    gradient = jax.jit(jax.grad(routed, (0, 1)))(u_hat, bias)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("routings", [2, 3])
+def test_the_gradient_through_every_iteration_equals_finite_differences(routings, rng):
+    with jax.enable_x64(True):
+        u_hat = jnp.asarray(rng.normal(size=(J, N, D)))
+        bias = jnp.asarray(rng.normal(size=(J, D)))
+
+        @jax.jit
+        def through(u_hat, bias):
+            return capsjax.routing(u_hat, routings, bias=bias, stop_gradient=False)
+
+        assert through(u_hat, bias).dtype == jnp.float64
+        check_grads(through, (u_hat, bias), order=1, modes=("fwd", "rev"))
+
+
+def test_stopping_the_gradient_changes_the_gradient_and_not_the_result(u_hat):
+    def total(u_hat, routings, stop_gradient):
+        v = capsjax.routing(u_hat, routings, stop_gradient=stop_gradient)
+        return jnp.sum(v[..., 0])
+
+    value_and_grad = jax.jit(jax.value_and_grad(total), static_argnums=(1, 2))
+    for routings, same in ((1, True), (2, False)):
+        stopped, gradient = value_and_grad(u_hat, routings, True)
+        through, full_gradient = value_and_grad(u_hat, routings, False)
+        np.testing.assert_allclose(stopped, through, rtol=1e-6)
+        assert np.allclose(gradient, full_gradient, rtol=1e-3, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_dead_predictions_have_finite_gradients(stop_gradient, dtype):
+    def total(u_hat):
+        return jnp.sum(capsjax.routing(u_hat, 3, stop_gradient=stop_gradient))
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros((J, N, D), dtype))
+    assert np.isfinite(float64(gradient)).all()
+
+
+def test_sums_over_many_inputs_in_bfloat16_run_in_float32():
+    # A sum in bfloat16 would stop at 0.5; this one is 8.
+    u_hat = jnp.full((1, 4096, 1), 2**-9, jnp.bfloat16)
+    v = routing(u_hat, routings=1)
+    assert v.dtype == jnp.bfloat16
+    assert float(v[0, 0]) == pytest.approx(64 / 65, rel=2**-8)
+
+
+def test_a_loop_of_the_compiler_may_route(u_hat):
+    _, v = jax.lax.scan(lambda carry, u_hat: (carry, capsjax.routing(u_hat, 2)), 0, u_hat)
+    np.testing.assert_allclose(v, routing(u_hat, routings=2), rtol=1e-5, atol=1e-6)
+
+
+def test_every_device_may_route_its_part_of_the_batch(rng):
+    u_hat = jnp.asarray(rng.normal(size=(8, J, N, D)), jnp.float32)
+    split = PartitionSpec("data")
+    mapped = jax.shard_map(capsjax.routing, mesh=make_mesh(8, 8), in_specs=split, out_specs=split)
+    v = jax.jit(mapped)(u_hat)
+    assert v.sharding.shard_shape(v.shape) == (1, J, D)
+    np.testing.assert_allclose(v, routing(u_hat), rtol=1e-5, atol=1e-6)
+
+
+def test_calls_of_one_shape_are_traced_once(u_hat):
+    once = jax.jit(chex.assert_max_traces(capsjax.routing, n=1))
+    for scale in (1, 2, 3):
+        once(scale * u_hat)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("function", [capsjax.routing, capsjax.routing_state])
+@pytest.mark.parametrize(
+    ("u_hat", "options", "message"),
+    [
+        ((N, D), {}, r"predictions \[\.\.\., j, i, d\], got \[5, 4\]"),
+        ((J, N, D), {"bias": np.zeros(D)}, r"bias \[j, d\] = \[3, 4\], got \[4\]"),
+        ((2, J, N, D), {"bias": np.zeros((2, J, D))}, r"\[3, 4\], got \[2, 3, 4\]"),
+        ((J, N, D), {"routings": 0}, "int of 1 or more, got 0"),
+        ((J, N, D), {"routings": -1}, "int of 1 or more, got -1"),
+        ((J, N, D), {"routings": 3.0}, r"int of 1 or more, got 3\.0"),
+        ((J, N, D), {"routings": True}, "int of 1 or more, got True"),
+        ((J, N, D), {"routings": None}, "int of 1 or more, got None"),
+    ],
+)
+def test_what_cannot_be_routed_is_an_error_in_words(function, u_hat, options, message, jit):
+    call = partial(function, **options)
+    with pytest.raises(ValueError, match=message):
+        (jax.jit(call) if jit else call)(jnp.ones(u_hat))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("u", "weight", "message"),
+    [
+        ((N, K), (J, N, D), r"weight \[j, i, d, k\], got \[3, 5, 4\]"),
+        ((N, K), (J, N + 1, D, K), r"6, 2\] for a weight of shape \[3, 6, 4, 2\], got \[5, 2\]"),
+        ((N, K), (J, N, D, K + 1), r"5, 3\] for a weight of shape \[3, 5, 4, 3\], got \[5, 2\]"),
+        ((K,), (J, N, D, K), r"\[\.\.\., 5, 2\].*got \[2\]"),
+    ],
+)
+def test_what_cannot_predict_is_an_error_in_words(u, weight, message, jit):
+    call = jax.jit(capsjax.predictions) if jit else capsjax.predictions
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones(u), jnp.ones(weight))
+
+
+@given(
+    st.sampled_from([(1, 1), (2, 3)]),
+    st.sampled_from([(1, 1), (3, 2)]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=80)
+def test_predictions_equal_the_paper_at_any_shape(inputs, outputs, seed):
+    rng = np.random.default_rng(seed)
+    u = rng.normal(size=inputs).astype(np.float32)
+    weight = rng.normal(size=(outputs[0], inputs[0], outputs[1], inputs[1])).astype(np.float32)
+    u_hat = jax.jit(capsjax.predictions)(u, weight)
+    np.testing.assert_allclose(u_hat, reference.predictions(u, weight), rtol=1e-5, atol=1e-6)
+
+
+def test_the_capsule_layer_equals_the_paper(rng, lead, dtype, call):
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), dtype)
+    u = jnp.asarray(rng.normal(size=(*lead, N, K)), dtype)
+    v = call(lambda u: capsjax.dense_capsules(u, weight), u)
+    assert_shape(v, (*lead, J, D))
+    assert v.dtype == dtype
+    u_hat = reference.predictions(float64(u), float64(weight))
+    _, _, expected = reference.routing_state(u_hat, 3)
+    tolerance = {"float32": 2e-5, "bfloat16": 3e-2}[dtype.__name__]
+    np.testing.assert_allclose(float64(v), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["all classes at once", "one by one"])
+@pytest.mark.parametrize("routings", [1, 3])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_the_capsule_layer_has_routings_value_and_gradients(
+    rng, bias, together, routings, stop_gradient, monkeypatch
+):
+    monkeypatch.setattr(capsjax._routing, "_TOGETHER", 10**9 if together else 0)
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
+    u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
+    cotangent = jnp.asarray(rng.normal(size=(2, J, D)), jnp.float32)
+    options = {"routings": routings, "stop_gradient": stop_gradient}
+
+    def layer(u, weight, bias):
+        v = capsjax.dense_capsules(u, weight, bias=bias, **options)
+        return jnp.vdot(v, cotangent), v
+
+    def composed(u, weight, bias):
+        v = capsjax.routing(capsjax.predictions(u, weight), bias=bias, **options)
+        return jnp.vdot(v, cotangent), v
+
+    results = [
+        jax.jit(jax.grad(function, (0, 1, 2), has_aux=True))(u, weight, bias)
+        for function in (layer, composed)
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_of_the_capsule_layer_does_not_hold_the_predictions():
+    batch, classes, inputs, d, k = 32, 200, 500, 16, 2
+    u = jax.ShapeDtypeStruct((batch, inputs, k), jnp.float32)
+    weight = jax.ShapeDtypeStruct((classes, inputs, d, k), jnp.float32)
+    step = jax.jit(jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1)))
+    temporary = step.lower(u, weight).compile().memory_analysis().temp_size_in_bytes
+    assert 0 < temporary < 4 * batch * classes * inputs * d / 2
+
+
+@pytest.mark.parametrize(
+    ("u", "bias", "words"),
+    [((2, N + 1, K), None, "expected input capsules"), ((2, N, K), (J,), "expected a bias")],
+)
+def test_the_capsule_layer_refuses_shapes_that_do_not_fit(u, bias, words):
+    bias = None if bias is None else jnp.zeros(bias)
+    with pytest.raises(ValueError, match=words):
+        jax.jit(lambda u, w: capsjax.dense_capsules(u, w, bias=bias))(
+            jnp.zeros(u), jnp.zeros((J, N, D, K))
+        )

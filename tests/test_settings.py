@@ -1,0 +1,218 @@
+"""The command line and config.json: what may be said, and what everything else gets."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capsjax.presets import PRESETS
+from settings import Images, Recipe, Run, Settings, from_json, parse, to_json
+from tiny_run import command_line, experiment, tree, write_images
+
+NUMBERS = {
+    "routings": int,
+    "epochs": int,
+    "batch_size": int,
+    "lr": float,
+    "lr_decay": float,
+    "lam_recon": float,
+    "shift_pixels": int,
+    "seed": int,
+    "train_size": int,
+    "validation": int,
+    "checkpoint_steps": int,
+    "devices": int,
+}
+MAY_BE_ZERO = ("lam_recon", "shift_pixels", "seed", "validation")
+MAY_BE_NONE = ("lr_decay", "lam_recon", "train_size", "devices")
+
+
+def parsed(**flags) -> Settings:
+    return parse(command_line(**flags), PRESETS)
+
+
+def flat(settings: Settings) -> dict:
+    groups = (settings.recipe, settings.images, settings.run)
+    return {name: v for group in groups for name, v in dataclasses.asdict(group).items()}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """Calls the experiment with what it must refuse, and gives its message back as one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    path = write_images(tmp_path / "tiny.npz")
+
+    def call(**flags) -> str:
+        before = tree(tmp_path)
+        given: dict[str, Any] = {"data_dir": path, **flags}
+        ended = experiment(**given)
+        assert ended.status == 2
+        assert "Traceback" not in ended.out + ended.err
+        assert ended.err.count("\n") <= 20
+        assert tree(tmp_path) == before
+        return " ".join(re.sub("[│╭╮╰╯─]", " ", ended.err).split())
+
+    return call
+
+
+# What may be said.
+
+
+def test_without_flags_the_settings_are_the_seed_presets():
+    recipe = Recipe(
+        preset="seed",
+        routings=3,
+        epochs=50,
+        batch_size=100,
+        lr=1e-3,
+        lr_decay=0.9,
+        lam_recon=None,
+        shift_pixels=2,
+        precision="float32",
+        seed=0,
+    )
+    assert parsed() == Settings(recipe, Images(), Run()) == Settings()
+
+
+def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
+    recipe = parsed(preset="paper").recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.lr_decay) == (640, 128, None)
+    assert parsed(preset="paper", epochs=3).recipe == dataclasses.replace(recipe, epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("preset", "paper"),
+        ("routings", 1),
+        ("epochs", 7),
+        ("batch_size", 25),
+        ("lr", 0.5),
+        ("lr_decay", 1.0),
+        ("lam_recon", 0.0),
+        ("shift_pixels", 0),
+        ("precision", "bfloat16"),
+        ("seed", 2**63 - 1),
+        ("dataset", "emnist/letters"),
+        ("data_dir", Path("images")),
+        ("download", True),
+        ("train_size", 5),
+        ("validation", 5),
+        ("save_dir", Path("out")),
+        ("checkpoint_steps", 5),
+        ("devices", 3),
+        ("weights", Path("run")),
+    ],
+)
+def test_every_flag_sets_what_it_names(flag, value):
+    assert flat(parsed(**{flag: value}))[flag] == value
+
+
+@pytest.mark.parametrize("flag", MAY_BE_NONE)
+def test_none_asks_for_what_follows_from_the_rest(flag):
+    assert flat(parse([f"--{flag.replace('_', '-')}", "None"], PRESETS))[flag] is None
+
+
+def test_settings_come_back_from_json_as_they_were():
+    settings = parsed(
+        preset="paper", lam_recon=2.0, data_dir="a/b.npz", validation=5, save_dir="r", devices=2
+    )
+    assert from_json(json.loads(json.dumps(to_json(settings)))) == settings
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_names_every_flag_its_default_and_unit_and_fits_the_terminal(
+    capsys, monkeypatch, columns
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        parsed(help=True)
+    assert end.value.code == 0
+    page = capsys.readouterr().out
+    lines = page.splitlines()[1:]  # the first is the usage, with the path of the script
+    assert max(map(len, lines)) <= columns
+    words = " ".join(re.sub("[│|]", " ", page).split())
+    for name in flat(Settings()):
+        assert f"--{name.replace('_', '-')} " in words
+    for unit in ("pixels", "each epoch", "Passes", "Images a step", "Steps between"):
+        assert unit in words
+    assert words.count("(default:") == len(flat(Settings()))
+
+
+def test_help_of_a_preset_shows_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parsed(preset="paper", help=True)
+    assert "(default: 640)" in " ".join(capsys.readouterr().out.split())
+
+
+# What is refused: one short message, status 2, and nothing is written.
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf", "many", "", "1e", "0x10"])
+def test_a_value_that_cannot_be_meant_is_refused(refused, flag, value):
+    message = refused(**{flag: value})
+    assert f"--{flag.replace('_', '-')}" in message
+    assert value in message
+
+
+@pytest.mark.parametrize("flag", [flag for flag in NUMBERS if flag not in MAY_BE_ZERO])
+def test_zero_is_refused_where_it_means_nothing(refused, flag):
+    message = refused(**{flag: 0})
+    assert re.search(rf"--{flag.replace('_', '-')} must be .* got 0", message)
+
+
+@pytest.mark.parametrize("flag", [flag for flag in NUMBERS if NUMBERS[flag] is int])
+def test_a_fraction_is_refused_where_a_count_is_asked_for(refused, flag):
+    assert "1.5" in refused(**{flag: 1.5})
+
+
+@pytest.mark.parametrize("flag", [flag for flag in NUMBERS if flag not in MAY_BE_NONE])
+def test_none_is_refused_where_it_means_nothing(refused, flag):
+    assert "None" in refused(**{flag: "None"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"lr_decay": 1.5}, ["--lr-decay must be above 0 and at most 1", "1.5"]),
+        ({"seed": 2**63}, ["--seed must be from 0", str(2**63)]),
+        ({"preset": "best"}, ["'best'", "--preset", "'seed'", "'paper'"]),
+        ({"precision": "float16"}, ["'float16'", "--precision", "'float32'", "'bfloat16'"]),
+        ({"testing": True}, ["--testing needs --weights RUN"]),
+        ({"no_such_flag": True}, ["--no-such-flag"]),
+        ({"devices": 3, "batch_size": 10}, ["3 devices do not divide a batch of 10"]),
+        ({"devices": 9, "batch_size": 9}, ["9 devices asked for, 8 found"]),
+        ({"shift_pixels": 10}, ["--shift-pixels 10", "10×10 pixels"]),
+        ({"shift_pixels": 2**70}, ["--shift-pixels"]),
+        ({"batch_size": 61}, ["--batch-size 61", "60 images"]),
+        ({"batch_size": 10**30}, ["--batch-size", "60 images"]),
+        ({"validation": 60}, ["--validation 60", "60 training images"]),
+        ({"validation": 55, "batch_size": 6}, ["--batch-size 6", "5 images"]),
+        ({"train_size": 61}, ["--train-size 61", "60 training images"]),
+        ({"train_size": 51, "validation": 10}, ["--train-size 51", "50 training images"]),
+        ({"dataset": "no_such_set", "data_dir": None}, ["no_such_set", "TFDS", "--data-dir"]),
+        ({"dataset": "kmnist", "data_dir": None}, ["--dataset kmnist --download"]),
+        ({"dataset": "cifar10", "data_dir": None}, ["tfds build cifar10"]),
+        ({"dataset": "../mnist", "data_dir": None}, ["'../mnist'"]),
+        ({"dataset": "mnst", "data_dir": None}, ["mnst", "did you mean mnist"]),
+        ({"data_dir": "nowhere"}, ["nowhere does not exist"]),
+        ({"resume": "nowhere"}, ["nowhere holds no run"]),
+        ({"weights": "nowhere", "testing": True}, ["nowhere holds no run"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(refused, flags, words):
+    message = refused(**flags)
+    for word in words:
+        assert word in message
+
+
+def test_a_flag_without_its_value_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--save-dir"], PRESETS)
+    assert end.value.code == 2
+    assert "--save-dir" in capsys.readouterr().err

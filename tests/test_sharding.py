@@ -1,0 +1,181 @@
+"""One device, two, four or eight: the same training."""
+
+import functools
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from capsjax import sharding, train
+from capsjax.sharding import make_mesh, replicate, replicated, split
+
+KEY = jax.random.key(3)
+BATCHES = tiny.batches(20)
+
+
+@functools.cache
+def trained(devices: int):
+    """Twenty steps: the margin and reconstruction losses of each, and the state after five."""
+    mesh = make_mesh(tiny.BATCH, devices)
+    data = [replicate(mesh, array) for array in tiny.images()]
+    step, _ = tiny.steps(devices)
+    state = fifth = jax.device_put(tiny.state(), replicated(mesh))
+    losses = []
+    for number, batch in enumerate(BATCHES, 1):
+        state, report = step(state, KEY, *data, batch)
+        # Waits: many steps in flight on a mesh of CPU devices abort the process.
+        losses.append([float(value) for value in report.metrics[:2]])
+        if number == 5:
+            fifth = jax.tree.map(jnp.copy, state)
+    return np.array(losses) / tiny.BATCH, fifth
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+def test_losses_and_parameters_are_those_of_one_device(devices):
+    losses, state = trained(devices)
+    expected, alone = trained(1)
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    params, start = flat(alone.params), flat(tiny.state().params)
+    assert np.linalg.norm(flat(state.params) - params) < 1e-5 * np.linalg.norm(params)
+    assert np.linalg.norm(params - start) > 1e-2 * np.linalg.norm(params)
+
+
+def test_eight_devices_evaluate_as_one_does():
+    params, results = jax.device_get(trained(1)[1].params), []
+    for devices in (1, 8):
+        mesh = make_mesh(tiny.BATCH, devices)
+        data = [replicate(mesh, array) for array in tiny.images()]
+        placed, counts = jax.device_put(params, replicated(mesh)), np.arange(tiny.BATCH) < 11
+        results.append(tiny.steps(devices)[1](placed, *data, BATCHES[0], counts))
+    (alone, classes), (together, same) = jax.device_get(results)
+    np.testing.assert_array_equal(same, classes)
+    assert together.examples == 11
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
+    seen = {}
+
+    def inspect(name, function):
+        def inspected(*args):
+            result = function(*args)
+            note = lambda placed: seen.update({name: placed.shard_shape(result.shape)})  # noqa: E731
+            jax.debug.inspect_array_sharding(result, callback=note)
+            return result
+
+        monkeypatch.setattr(train, name, inspected)
+
+    for name in ("shift", "pixels_to_unit", "margin_loss", "reconstruction_loss"):
+        inspect(name, getattr(train, name))
+    mesh = make_mesh(tiny.BATCH, 8)
+    steps: Any = train.jit_steps(tiny.RECIPE, mesh)
+    data = [replicate(mesh, array) for array in tiny.images()]
+    state = jax.device_put(tiny.state(), replicated(mesh))
+    compiled = steps[0].lower(state, KEY, *data, BATCHES[0]).compile()
+    assert seen == {
+        "shift": (2, *tiny.IMAGE),
+        "pixels_to_unit": (2, *tiny.IMAGE),
+        "margin_loss": (2,),
+        "reconstruction_loss": (2,),
+    }
+    *_, indices = compiled.input_shardings[0]
+    assert indices.shard_shape((tiny.BATCH,)) == (2,)
+    # Devices exchange sums, and never examples.
+    assert "all-reduce" in compiled.as_text()
+    assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
+
+
+def test_indices_are_split_and_the_state_is_whole_on_every_device():
+    mesh = make_mesh(tiny.BATCH, 8)
+    indices = jax.device_put(BATCHES[0], split(mesh))
+    shards = sorted(indices.addressable_shards, key=lambda shard: shard.index)
+    np.testing.assert_array_equal([shard.data for shard in shards], BATCHES[0].reshape(8, 2))
+    assert len({shard.device for shard in shards}) == 8
+    _, state = trained(8)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding.is_fully_replicated
+        assert len(leaf.addressable_shards) == 8
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices"),
+    [(128, 8), (100, 5), (64, 8), (36, 6), (28, 7), (10, 5), (9, 3), (13, 1), (1, 1)],
+)
+def test_by_default_as_many_devices_as_divide_the_batch(batch_size, devices):
+    mesh = make_mesh(batch_size)
+    assert dict(mesh.shape) == {"data": devices}
+    assert list(mesh.devices) == jax.devices()[:devices]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 5])
+def test_fewer_devices_may_be_asked_for(devices):
+    assert make_mesh(100, devices).size == devices
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "message"),
+    [
+        (100, 8, "8 devices do not divide a batch of 100 images evenly"),
+        (100, 9, r"9 devices asked for, 8 found \(cpu\)"),
+        (1024, 16, "JAX_NUM_CPU_DEVICES=16 to split a CPU"),
+        (100, 0, "0 devices asked for"),
+        (100, -1, "-1 devices asked for"),
+    ],
+)
+def test_devices_that_are_not_there_or_do_not_divide_are_an_error_in_words(
+    batch_size, devices, message
+):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(batch_size, devices)
+
+
+def test_replicate_puts_the_whole_array_on_every_device(rng):
+    array = rng.integers(0, 256, (5, 3, 3, 1), np.uint8)  # five images on eight devices
+    placed = replicate(make_mesh(tiny.BATCH, 8), array)
+    assert placed.dtype == np.uint8
+    assert len(placed.addressable_shards) == 8
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, array)
+
+
+@pytest.mark.parametrize(("devices", "size"), [(1, r"4\.5 GiB"), (8, r"36\.0 GiB")])
+def test_images_larger_than_the_memory_are_refused_with_both_sizes(monkeypatch, devices, size):
+    monkeypatch.setattr(sharding, "_memory", lambda device: 3 * 2**30)
+    images = np.broadcast_to(np.uint8(0), (4608, 1024, 1024, 1))  # takes one byte
+    with pytest.raises(ValueError, match=f"{size} and cpu has 3.0 GiB.*--train-size"):
+        replicate(make_mesh(8, devices), images)
+
+
+def test_images_that_just_fit_are_not_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "_memory", lambda device: 8 * 100)
+    mesh = make_mesh(8, 8)
+    assert replicate(mesh, np.zeros((10, 10), np.uint8)).shape == (10, 10)
+    with pytest.raises(ValueError, match="GiB"):
+        replicate(mesh, np.zeros((10, 11), np.uint8))
+
+
+def test_other_devices_than_cpus_hold_one_copy_each_in_memory_of_their_own(monkeypatch):
+    device = SimpleNamespace(
+        platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": 100}
+    )
+    mesh: Any = SimpleNamespace(devices=np.array([device] * 8))
+    monkeypatch.setattr(jax, "device_put", lambda array, placing: array)
+    monkeypatch.setattr(sharding, "replicated", lambda mesh: None)
+    assert replicate(mesh, np.zeros(100, np.uint8)).nbytes == 100
+    with pytest.raises(ValueError, match="H100"):
+        replicate(mesh, np.zeros(101, np.uint8))
+
+
+def test_the_memory_of_a_cpu_is_the_hosts():
+    assert 2**30 < sharding._memory(jax.devices()[0]) < 2**50

@@ -1,0 +1,155 @@
+"""Real processes: signals end a run with a checkpoint, and even SIGKILL loses none of its bits."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tiny_run import (
+    STEPS,
+    arrays_of,
+    command_line,
+    rows_of,
+    same_bits,
+    steps_in,
+    write_images,
+)
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 4
+# A step that takes this long leaves time to send a signal while it runs.
+SLOWLY = """
+import sys, time
+import loop, mnist, tiny_run
+jit_steps = loop.jit_steps
+def slow(recipe, mesh):
+    train, evaluate = jit_steps(recipe, mesh)
+    return lambda *args: (time.sleep({seconds}), train(*args))[1], evaluate
+loop.jit_steps = slow
+mnist.main(sys.argv[1:], tiny_run.PRESETS)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("survival")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Starts the experiment in a process of its own, one device, slowed down or not."""
+    images = write_images(folder / "tiny.npz")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUNBUFFERED": "1",
+        "HOME": str(folder / "home"),
+        "XDG_CACHE_HOME": str(folder / "home" / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    @contextlib.contextmanager
+    def run(seconds=0.0, resume=None, **flags) -> Iterator[subprocess.Popen]:
+        new = {"data_dir": images, "epochs": EPOCHS, **flags}
+        args = command_line(resume=resume, **({} if resume else new))
+        slowly = ["-c", SLOWLY.format(seconds=seconds)]
+        script = slowly if seconds else [str(Path(__file__).with_name("tiny_run.py"))]
+        process = subprocess.Popen(
+            [sys.executable, *script, *args],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdout
+            process.stdout.close()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(run, folder):
+    """The folder of a run that nobody disturbed."""
+    with run(save_dir=folder / "unbroken") as process:
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert (folder / "home/cache/capsjax").is_dir()
+    return folder / "unbroken"
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
+    """Waits until a run has a checkpoint of so many steps."""
+    end = time.monotonic() + 120
+    while not (folder / "checkpoints").is_dir() or not [
+        step for step in (folder / "checkpoints").iterdir() if step.name == str(steps)
+    ]:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def finish(run, folder: Path, unbroken: Path) -> None:
+    """Resumes a run and compares all that it leaves with the undisturbed one."""
+    with run(resume=folder) as process:
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "resume    step" in out
+    assert same_bits(arrays_of(folder), arrays_of(unbroken))
+    assert rows_of(folder) == rows_of(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_takes_up(
+    run, folder, unbroken, number, status
+):
+    save_dir = folder / number.name
+    with run(0.2, save_dir=save_dir, checkpoint_steps=2) as process:
+        wait_for_steps(save_dir, STEPS + 2, process)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"{number.name}: ends after this step, with a checkpoint" in out
+    assert "Traceback" not in out
+    assert STEPS + 2 < steps_in(save_dir)[-1] < EPOCHS * STEPS
+    finish(run, save_dir, unbroken)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
+    save_dir = folder / "twice"
+    with run(5, save_dir=save_dir, checkpoint_steps=1) as process:
+        wait_for_steps(save_dir, 1, process)
+        process.send_signal(signal.SIGINT)
+        for line in process.stdout:
+            if "SIGINT: ends after this step" in line:
+                break
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert time.monotonic() - start < 4
+    assert process.returncode == -signal.SIGINT
+    finish(run, save_dir, unbroken)
+
+
+@pytest.mark.parametrize("steps", [2, STEPS + 4])
+def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
+    save_dir = folder / f"killed-{steps}"
+    with run(0.1, save_dir=save_dir, checkpoint_steps=2) as process:
+        wait_for_steps(save_dir, steps, process)
+        process.kill()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    finish(run, save_dir, unbroken)
