@@ -130,38 +130,36 @@ def _matrix_conv_bwd(strides, x, w, dy):
 # ---- patches times kernel ----
 
 
-def _patches(strides, size, x, axis):
-    """The [B, H', W', C] slices of x under each of the kernel's taps, stacked along `axis`."""
-    (P, Q), (s, t) = size, strides
-    H, W = (x.shape[1] - P) // s * s + 1, (x.shape[2] - Q) // t * t + 1
-    rows = [lax.slice_in_dim(x, p, p + H, s, axis=1) for p in range(P)]
-    return jnp.stack(
-        [lax.slice_in_dim(row, q, q + W, t, axis=2) for row in rows for q in range(Q)], axis
-    )
+def _patches(strides, taps, x, at):
+    """What each tap sees of x: [P, Q, B, H', W', C] at 0, [B, H', W', P, Q, C] at 3."""
+    for axis in (1, 0):
+        n, s = taps[axis], strides[axis]
+        dim = axis + 1 if at else axis - 3
+        length = (x.shape[dim] - n) // s * s + 1
+        seen = [lax.slice_in_dim(x, i, i + length, s, axis=dim) for i in range(n)]
+        x = jnp.stack(seen, at)
+    return x
 
 
 def _patches_conv(strides, x, w):
-    patches = _patches(strides, w.shape[:2], x, 3)  # [B, H', W', P Q, C]
+    patches = _patches(strides, w.shape[:2], x, 3)
     y = lax.dot_general(
-        patches,
-        w.reshape(-1, *w.shape[2:]),
-        (((3, 4), (0, 1)), ((), ())),
-        preferred_element_type=jnp.float32,
+        patches, w, (((3, 4, 5), (0, 1, 2)), ((), ())), preferred_element_type=jnp.float32
     )
     return y.astype(x.dtype)
 
 
 def _patches_conv_bwd(strides, x, w, dy):
-    P, Q, C, O = w.shape
-    patches = jnp.moveaxis(_patches(strides, (P, Q), x, 0), 4, 1)  # [P Q, C, B, H', W']
+    patches = jnp.moveaxis(_patches(strides, w.shape[:2], x, 0), 5, 2)  # [P, Q, C, B, H', W']
     dw = lax.dot_general(
-        patches, dy, (((2, 3, 4), (0, 1, 2)), ((), ())), preferred_element_type=jnp.float32
+        patches, dy, (((3, 4, 5), (0, 1, 2)), ((), ())), preferred_element_type=jnp.float32
     )
     dpatches = lax.dot_general(
-        dy, w.reshape(P * Q, C, O), (((3,), (2,)), ((), ())), preferred_element_type=jnp.float32
+        dy, w, (((3,), (3,)), ((), ())), preferred_element_type=jnp.float32
     )
-    _, scatter = jax.vjp(lambda x: _patches(strides, (P, Q), x, 3), x.astype(jnp.float32))
-    return scatter(dpatches)[0].astype(x.dtype), dw.reshape(w.shape).astype(w.dtype)
+    _, scatter = jax.vjp(lambda x: _patches(strides, w.shape[:2], x, 3), x.astype(jnp.float32))
+    (dx,) = scatter(dpatches)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 # ---- products of polynomials ----
@@ -180,7 +178,7 @@ class _Axis(NamedTuple):
 def _plan(image, kernel, strides, exact) -> tuple[_Axis, _Axis] | None:
     """The algorithms for rows and columns, None where patches times kernel is the faster way."""
     sizes = list(zip(image[:2], kernel[:2], strides, strict=True))
-    rows, columns = (_axis(*size, exact) for size in sizes)
+    rows, columns = (_axis(*size, n) for size, n in zip(sizes, (10, 8) if exact else (8, 6)))
     products = math.prod(axis.stride * axis.tiles * len(axis.B) for axis in (rows, columns))
     direct = math.prod(taps * ((size - taps) // stride + 1) for size, taps, stride in sizes)
     # The transforms' own work pays only where many channels share it.
@@ -188,18 +186,26 @@ def _plan(image, kernel, strides, exact) -> tuple[_Axis, _Axis] | None:
     return (rows, columns) if 2 * products <= direct and channels >= 64 else None
 
 
-def _axis(size: int, taps: int, stride: int, exact: bool) -> _Axis:
+def _axis(size: int, taps: int, stride: int, real: int) -> _Axis:
     total, taps = (size - taps) // stride + 1, -(-taps // stride)
     axes = []
     for outputs in range(1, min(total, 8) + 1):
-        axes.append(_Axis(stride, -(-total // outputs), *_toom_cook(outputs, taps, exact)))
+        axes.append(_Axis(stride, -(-total // outputs), *_toom_cook(outputs, taps, real)))
     return min(axes, key=lambda axis: axis.tiles * len(axis.B))
 
 
+# The fewer are real, the more products, and the smaller the rounding errors.
+_REAL_POINTS = {
+    6: (0, math.inf, 0.75, -0.75, 1.33, -1.33),
+    8: (0, math.inf, 1, -1, 1.8, -1.8, 0.55, -0.55),
+    10: (0, math.inf, 0.8, -0.8, 1.25, -1.25, 0.42, -0.42, 2.4, -2.4),
+}
+
+
 @functools.cache
-def _toom_cook(outputs: int, taps: int, exact: bool):
+def _toom_cook(outputs: int, taps: int, real: int):
     """A, B, C with y = A [Bx * Cw] for `outputs` outputs of a convolution with `taps` taps."""
-    points = _points(outputs + taps - 1, exact)
+    points = _points(outputs + taps - 1, real)
     conjugates = [p.conjugate() for p in points if p.imag]
     # x -> Bx is the transpose of interpolation, so its matrix is the inverse transpose of evaluation.
     B = np.linalg.inv(_powers(points + conjugates, len(points + conjugates))).T[: len(points)]
@@ -215,16 +221,11 @@ def _toom_cook(outputs: int, taps: int, exact: bool):
     return A.T, B, C
 
 
-def _points(n: int, exact: bool) -> list[complex]:
-    """n points, of a pair of conjugates the first only. Complex ones cost products, save digits."""
-    real = (
-        [0, math.inf, 1, -1, 2, -0.5, -2, 0.5]
-        if exact
-        else [0, math.inf, 0.75, -0.75, 4 / 3, -4 / 3]
-    )
-    pairs = max(0, -(-(n - len(real)) // 2))
+def _points(n: int, real: int) -> list[complex]:
+    """n points, at most `real` of them real; of two conjugates the first only."""
+    pairs = max(0, -(-(n - real) // 2))
     angles = math.pi * np.arange(1, pairs + 1) / (pairs + 1)
-    return [complex(p) for p in real[: n - 2 * pairs]] + [complex(p) for p in np.exp(1j * angles)]
+    return [complex(p) for p in (*_REAL_POINTS[real][: n - 2 * pairs], *np.exp(1j * angles))]
 
 
 def _powers(points, n):
@@ -323,10 +324,7 @@ def _split(axes, dy):
 
 def _join(axes, y, image, kernel):
     """[h, w, B', O] -> [B, H', W', O], the other way."""
-    (h, w), (S, T), (s, t) = (
-        y.shape[:2],
-        *(tuple(getattr(a, n) for a in axes) for n in ("tiles", "stride")),
-    )
+    (h, w), (S, T), (s, t) = y.shape[:2], *(tuple(getattr(a, n) for a in axes) for n in ("tiles", "stride"))
     y = y.reshape(h, w, image[0], S, T, y.shape[3]).transpose(2, 3, 0, 4, 1, 5)
     y = y.reshape(image[0], S * h, T * w, y.shape[5])
     return y[:, : (image[1] - kernel[0]) // s + 1, : (image[2] - kernel[1]) // t + 1]

@@ -76,18 +76,24 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
     lam_recon = per_image if recipe.lam_recon is None else recipe.lam_recon
     lr_decay = per_epoch if recipe.lr_decay is None else recipe.lr_decay
     recipe = dataclasses.replace(recipe, lam_recon=lam_recon, lr_decay=lr_decay)
+    # optax takes the end of a rate that does not decay for its ceiling.
+    floor = preset.lr_floor if lr_decay < 1 else None
     schedule = optax.exponential_decay(
-        recipe.lr, steps, lr_decay, staircase=preset.lr_staircase, end_value=preset.lr_floor
+        recipe.lr, steps, lr_decay, staircase=preset.lr_staircase, end_value=floor
     )
     optimizer = optax.adam(schedule)
-    model = CapsNet(
-        dataset.image_shape,
-        classes,
-        recipe.routings,
-        **dataclasses.asdict(preset.model),
-        rngs=nnx.Rngs(recipe.seed),
-    )
-    graphdef, state = create(model, optimizer)
+
+    def draw() -> tuple[nnx.GraphDef, TrainState]:
+        model = CapsNet(
+            dataset.image_shape,
+            classes,
+            recipe.routings,
+            **dataclasses.asdict(preset.model),
+            rngs=nnx.Rngs(recipe.seed),
+        )
+        return create(model, optimizer)
+
+    graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
     print(f"network   {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
     static = Recipe(graphdef, optimizer, lam_recon, recipe.shift_pixels, recipe.precision)
     plan = Plan(

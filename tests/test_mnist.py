@@ -389,6 +389,12 @@ def test_lr_is_the_first_rate_and_lr_decay_its_factor_an_epoch(trained, plain):
     assert rows[0] == rows_of(plain.folder)[0]
 
 
+@pytest.mark.parametrize("preset", ["seed", "paper"])
+def test_a_rate_that_does_not_decay_stays_as_it_is(base, capsys, preset):
+    schedule = plan_of(**base, preset=preset, lr_decay=1.0).schedule
+    assert [float(schedule(step)) for step in (0, 7, 100)] == pytest.approx([0.001] * 3)
+
+
 def test_lam_recon_weighs_the_reconstruction(trained):
     for row in rows_of(trained(lam_recon=10.0).folder):
         loss = float(row["test_margin"]) + 10 * float(row["test_reconstruction"])
@@ -457,7 +463,8 @@ def test_devices_share_the_batch_and_by_default_as_many_as_divide_it(start, plai
 
 def plan_of(**flags):
     args = command_line(**flags)
-    return make_plan(parse(args, PRESETS), PRESETS["seed"])[0]
+    settings = parse(args, PRESETS)
+    return make_plan(settings, PRESETS[settings.recipe.preset])[0]
 
 
 def test_the_order_follows_from_seed_and_epoch_and_takes_each_image_at_most_once(base, capsys):
