@@ -41,6 +41,8 @@ class Benchmark:
     worker: tyro.conf.Suppress[str | None] = None
 
 
+Task = Callable[[int], float | None]  # steps -> the last loss, if there is one
+
 # name -> (library, dtype, keep freed memory)
 VARIANTS = {
     "PyTorch float32": ("torch", "float32", False),
@@ -70,8 +72,7 @@ def main() -> None:
                 results[name][task].append(ask(worker, task))
     for name, worker in workers.items():
         results[name]["memory"] = ask(worker, "memory")
-        worker.stdin.close()
-        worker.wait()
+        worker.communicate()
     report(results, settings)
 
 
@@ -84,6 +85,7 @@ def ask(worker: subprocess.Popen, task: str | None = None) -> Any:
     """Has a worker do a task; None if it died."""
     if task is not None:
         print(task, file=worker.stdin, flush=True)
+    assert worker.stdout is not None
     line = worker.stdout.readline()
     return json.loads(line) if line else None
 
@@ -123,7 +125,7 @@ def images(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     return mnist.x_train[:batch_size], mnist.y_train[:batch_size]
 
 
-def jax_variant(settings: Benchmark, dtype: str) -> dict[str, Callable[[int], float]]:
+def jax_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
     import jax
     import optax
 
@@ -152,11 +154,12 @@ def jax_variant(settings: Benchmark, dtype: str) -> dict[str, Callable[[int], fl
     return {"train": train, "forward": forward}
 
 
-def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Callable[[int], float]]:
+def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
     import jax
     import torch
-    import torch_capsnet
     from flax import nnx
+
+    import torch_capsnet
 
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(network(settings.routings))[1]))
     net = torch_capsnet.CapsNet(params, settings.routings)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # it trains for a minute
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments" / "routing.ipynb"
 DRAWN = [

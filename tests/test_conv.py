@@ -1,0 +1,280 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_shape
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from capsjax import _conv
+from capsjax._conv import conv
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+# Images, kernel, strides: each takes the product of polynomials, in one tile or in several.
+FAST = {
+    "primary capsules": ((2, 20, 20, 16), (9, 9, 16, 64), (2, 2)),
+    "odd sizes and channels": ((3, 21, 17, 33), (7, 5, 33, 67), (2, 1)),
+    "several tiles": ((2, 23, 19, 64), (3, 4, 64, 65), (1, 1)),
+    "stride 3": ((1, 29, 32, 8), (11, 8, 8, 64), (3, 3)),
+    "no images": ((0, 12, 12, 64), (3, 3, 64, 64), (1, 1)),
+}
+SLOW = {
+    "one channel": ((2, 14, 12, 1), (9, 7, 1, 5), (1, 1)),
+    "few channels": ((2, 13, 17, 3), (5, 4, 3, 4), (2, 3)),
+    "taps as large as the image": ((3, 5, 4, 2), (5, 4, 2, 3), (1, 1)),
+    "one tap": ((2, 5, 6, 64), (1, 1, 64, 64), (2, 1)),
+    "no images": ((0, 5, 6, 2), (3, 3, 2, 3), (1, 1)),
+}
+
+
+def sample(image, kernel, strides, dtype=jnp.float32, seed=0):
+    """Images, kernel and a cotangent of the outputs."""
+    rng = np.random.default_rng(seed)
+    size = [(n - k) // s + 1 for n, k, s in zip(image[-3:-1], kernel[:2], strides, strict=True)]
+    shapes = image, kernel, (*image[:-3], *size, kernel[3])
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(strides, x, w, dy):
+    y, gradients = jax.vjp(lambda x, w: conv(x, w, strides=strides), x, w)
+    return y, *gradients(dy)
+
+
+def definition(strides, x, w, dy):
+    """The sum over the taps in float64: output, dx and dw."""
+    x, w, dy = (np.asarray(a).astype(np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    for p, q in np.ndindex(w.shape[:2]):
+        rows, columns = (
+            slice(tap, tap + n * s, s)
+            for tap, n, s in zip((p, q), dy.shape[1:3], strides, strict=True)
+        )
+        seen = np.s_[:, rows, columns]
+        y += x[seen] @ w[p, q]
+        dx[seen] += dy @ w[p, q].T
+        dw[p, q] = np.einsum("bhwc,bhwo->co", x[seen], dy)
+    return y, dx, dw
+
+
+def error(actual, expected) -> float:
+    """The norm of the difference relative to the expected norm."""
+    actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(actual, expected, strict=True):
+        assert error(a, b) < tolerance
+
+
+def plan(image, kernel, strides, dtype="float32"):
+    return _conv._plan(image[-3:-1], kernel, strides, dtype)
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_products_of_polynomials_give_the_convolution_and_its_gradients(case, dtype):
+    image, kernel, strides = FAST[case]
+    assert plan(image, kernel, strides, dtype.__name__)
+    arrays = sample(*FAST[case], dtype)
+    actual = value_and_gradients(strides, *arrays)
+    assert all(a.dtype == dtype for a in actual)
+    assert_close(actual, definition(strides, *arrays), TOLERANCE[dtype.__name__])
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_patches_times_kernel_give_the_convolution_and_its_gradients(case, dtype):
+    image, kernel, strides = SLOW[case]
+    assert plan(image, kernel, strides, dtype.__name__) is None
+    arrays = sample(*SLOW[case], dtype)
+    actual = value_and_gradients(strides, *arrays)
+    assert all(a.dtype == dtype for a in actual)
+    # Exact up to sums in float32, and in bfloat16 up to rounding the result.
+    tolerance = {"float32": 1e-6, "bfloat16": 2**-8}[dtype.__name__]
+    assert_close(actual, definition(strides, *arrays), tolerance)
+
+
+@pytest.mark.parametrize("case", ["primary capsules", "several tiles"])
+def test_products_of_polynomials_agree_with_patches_times_kernel(case, dtype):
+    strides, (x, w, dy) = FAST[case][2], sample(*FAST[case], dtype)
+
+    @jax.jit
+    def direct(x, w, dy):
+        return _conv._patches_conv(strides, x, w), *_conv._patches_conv_bwd(strides, x, w, dy)
+
+    actual = value_and_gradients(strides, x, w, dy)
+    assert_close(actual, direct(x, w, dy), TOLERANCE[dtype.__name__])
+
+
+@pytest.mark.parametrize("size", [(1, 8, 9, 64), (1, 8, 9, 2)], ids=["fast", "direct"])
+def test_agrees_with_the_platforms_convolution(size):
+    arrays = sample(size, (3, 4, size[-1], 64), (1, 1))
+    assert bool(plan(size, arrays[1].shape, (1, 1))) == (size[-1] == 64)
+    y, gradients = jax.vjp(functools.partial(_conv._platform_conv, (1, 1)), *arrays[:2])
+    assert_close(value_and_gradients((1, 1), *arrays), (y, *gradients(arrays[2])), 1e-5)
+
+
+@st.composite
+def convolutions(draw):
+    """Sizes of all kinds whose images hold the kernel."""
+    kernel = [draw(st.integers(1, 11)) for _ in range(2)]
+    image = [taps + draw(st.integers(0, 12)) for taps in kernel]
+    strides = tuple(draw(st.integers(1, 3)) for _ in range(2))
+    channels = draw(st.sampled_from([(1, 3), (7, 65), (16, 64), (65, 64), (64, 1)]))
+    batch = draw(st.integers(0, 3))
+    return (batch, *image, channels[0]), (*kernel, *channels), strides
+
+
+@settings(max_examples=8)
+@given(convolutions(), st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_any_size_gives_the_convolution_and_its_gradients(sizes, dtype):
+    arrays = sample(*sizes, dtype)
+    actual = value_and_gradients(sizes[2], *arrays)
+    assert_close(actual, definition(sizes[2], *arrays), TOLERANCE[dtype.__name__])
+
+
+@given(
+    outputs=st.integers(1, 8),
+    taps=st.integers(1, 11),
+    points=st.sampled_from([points for pair in _conv._POINTS.values() for points in pair]),
+    seed=st.integers(0, 9),
+)
+def test_the_three_matrices_convolve(outputs, taps, points, seed):
+    A, B, C = _conv._toom_cook(outputs, taps, *points)
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=outputs + taps - 1), rng.normal(size=taps)
+    # In float64, so that only the matrices' own rounding is left.
+    A, B, C = (m.astype(np.float64) for m in (A, B, C))
+    np.testing.assert_allclose(A @ ((B @ x) * (C @ w)), np.correlate(x, w), atol=3e-5)
+
+
+def test_capsnets_second_convolution_needs_440_products_instead_of_2916():
+    rows, columns = plan((20, 20, 256), (9, 9, 256, 256), (2, 2))
+    assert (rows.tiles, columns.tiles, rows.outputs, columns.outputs) == (1, 1, 6, 6)
+    assert len(rows.B) * len(columns.B) * rows.stride * columns.stride == 440
+    assert rows.outputs * columns.outputs * 9 * 9 == 2916
+
+
+def test_capsnets_first_convolution_is_patches_times_kernel():
+    assert plan((28, 28, 1), (9, 9, 1, 256), (1, 1)) is None
+
+
+def test_leading_axes_are_kept(lead, call):
+    x, w, _ = sample((*lead, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+    y = call(lambda x: conv(x, w), x)
+    assert_shape(y, (*lead, 6, 7, 64))
+    direct = _conv._patches_conv((1, 1), x.reshape(-1, *x.shape[-3:]), w)
+    assert error(y, direct.reshape(y.shape)) < 1e-5
+
+
+def test_each_image_of_a_scan_is_convolved():
+    x, w, _ = sample((3, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+    _, y = jax.lax.scan(lambda carry, image: (carry, conv(image, w)), None, x)
+    assert error(y, _conv._patches_conv((1, 1), x, w)) < 1e-5
+
+
+def test_a_float32_kernel_meets_bfloat16_images_and_gets_a_float32_gradient():
+    x, w, dy = sample((1, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+    x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+    y, _, dw = value_and_gradients((1, 1), x, w, dy)
+    assert (y.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_close((y, dw), definition((1, 1), x, w, dy)[::2], 2e-2)
+
+
+def test_the_gradient_has_a_gradient():
+    x, w, _ = sample((1, 6, 6, 64), (3, 3, 64, 64), (1, 1))
+
+    def slope(convolve):
+        return jax.jit(
+            jax.grad(lambda x: jnp.sum(jax.grad(lambda w: jnp.sum(convolve(x, w) ** 2))(w) ** 2))
+        )
+
+    expected = slope(functools.partial(_conv._platform_conv, (1, 1)))(x)
+    assert error(slope(conv)(x), expected) < 1e-5
+
+
+def operations(function, *arrays, platform) -> dict[str, int]:
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    names = "convolution", "dot_general", "pad", "concatenate", "slice", "transpose", "reverse"
+    return {name: text.count(f"stablehlo.{name}") for name in names}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    "case", [FAST["several tiles"], SLOW["one channel"]], ids=["fast", "direct"]
+)
+def test_other_platforms_get_their_own_convolution_and_nothing_else(platform, case):
+    strides, (x, w, _) = case[2], sample(*case)
+
+    def loss(convolve):
+        return lambda x, w: jnp.sum(convolve(x, w) ** 2)
+
+    ours = functools.partial(conv, strides=strides)
+    theirs = functools.partial(_conv._platform_conv, strides)
+    for transform in (lambda f: f, lambda f: jax.grad(loss(f), (0, 1))):
+        expected = operations(transform(theirs), x, w, platform=platform)
+        assert expected["convolution"] in (1, 3)
+        assert operations(transform(ours), x, w, platform=platform) == expected
+
+
+def gradients(x, w):
+    return jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2), (0, 1))(x, w)
+
+
+@pytest.mark.parametrize("channels", [64, 2], ids=["fast", "direct"])
+def test_eight_devices_share_the_batch(channels):
+    x, w, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
+    expected = jax.jit(gradients)(x, w)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    dx, dw = jax.jit(gradients)(jax.device_put(x, split), jax.device_put(w, whole))
+    assert dx.sharding.is_equivalent_to(split, 4)
+    assert_close((dx, dw), expected, 1e-5)
+
+
+@pytest.mark.parametrize("channels", [64, 2], ids=["fast", "direct"])
+def test_shard_map_sums_the_kernels_gradient_over_the_devices(channels):
+    x, w, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
+    expected = jax.jit(gradients)(x, w)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(split, whole), out_specs=(split, whole))
+    assert_close(jax.jit(sharded)(x, w), expected, 1e-5)
+
+
+def test_an_export_takes_any_number_of_images():
+    (batch,) = export.symbolic_shape("batch")
+    x, w, _ = sample((3, 8, 8, 64), (3, 3, 64, 64), (1, 1))
+    function = jax.jit(lambda x, w: (conv(x, w), *gradients(x, w)))
+    shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(shape, w)
+    assert_close(exported.call(x, w), function(x, w), 1e-5)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("image", "kernel", "strides", "message"),
+    [
+        ((8, 3), (3, 3, 3, 4), 1, r"x must be floats \[\.\.\., H, W, C\].*\(8, 3\)"),
+        ((8, 8, 3), (3, 3, 4), 1, r"kernel must be \[rows, columns, in, out\].*\(3, 3, 4\)"),
+        ((8, 8, 3), (3, 3, 2, 4), 1, r"reads 2 channels.* has 3"),
+        ((8, 6, 3), (7, 7, 3, 4), 1, r"7×7 does not fit into images of 8×6"),
+        ((8, 8, 3), (0, 3, 3, 4), 1, r"0×3 does not fit"),
+        ((8, 8, 3), (3, 3, 3, 4), 0, r"strides .* >= 1, got \(0, 0\)"),
+        ((8, 8, 3), (3, 3, 3, 4), (1, 1, 1), r"strides .* got \(1, 1, 1\)"),
+    ],
+)
+def test_wrong_shapes_and_strides_are_named(image, kernel, strides, message, transform):
+    with pytest.raises(ValueError, match=message):
+        transform(lambda x, w: conv(x, w, strides=strides))(jnp.zeros(image), jnp.zeros(kernel))
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match=r"x must be floats .* got uint8"):
+        conv(jnp.zeros((8, 8, 1), jnp.uint8), jnp.zeros((3, 3, 1, 4)))
