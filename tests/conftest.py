@@ -16,7 +16,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The first example of a shape compiles: no deadline. The same examples on every machine.
-hypothesis.settings.register_profile("capsjax", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "capsjax",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("capsjax")
 
 
