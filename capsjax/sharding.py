@@ -31,10 +31,9 @@ def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
     if devices is None:
         devices = max(n for n in range(1, len(found) + 1) if batch_size % n == 0)
     if not 1 <= devices <= len(found):
-        raise ValueError(
-            f"{devices} devices asked for, {len(found)} found ({found[0].platform}); set "
-            f"JAX_NUM_CPU_DEVICES={devices} to split a CPU"
-        )
+        platform = found[0].platform
+        remedy = f"; set JAX_NUM_CPU_DEVICES={devices} to split it" if platform == "cpu" else ""
+        raise ValueError(f"{devices} devices asked for, {len(found)} found ({platform}){remedy}")
     if batch_size % devices:
         raise ValueError(f"{devices} devices do not divide a batch of {batch_size} images evenly")
     # CapsNet's reshapes join axes, which Explicit axes, the default, refuse.

@@ -4,11 +4,12 @@
     python experiments/benchmark.py
 
 Every variant is a process of its own; they take turns, round by round, so that a machine that slows
-down slows all of them. Medians are what counts. Results go to benchmark.json and benchmark.png.
+down slows all of them. Medians are what counts. Results go to benchmark.json.
 """
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ class Benchmark:
     steps: int = 2
     """Steps a turn."""
     save_dir: Path = Path(".")
-    """Folder for benchmark.json and benchmark.png."""
+    """Folder for benchmark.json."""
     worker: tyro.conf.Suppress[str | None] = None
 
 
@@ -78,7 +79,9 @@ def main() -> None:
 
 def start(name: str) -> subprocess.Popen:
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=on_cpu)
 
 
 def ask(worker: subprocess.Popen, task: str | None = None) -> Any:
@@ -164,11 +167,12 @@ def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(network(settings.routings))[1]))
     net = torch_capsnet.CapsNet(params, settings.routings)
     low = dtype == "bfloat16"
-    x, y = images(settings.batch_size)
-    x = torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-    y = torch.from_numpy(y).long()
+    pixels, classes = images(settings.batch_size)
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    y = torch.from_numpy(classes).long()
     if low:
-        net, x = (part.to(memory_format=torch.channels_last) for part in (net, x))
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
     def train(steps: int) -> float:
@@ -190,7 +194,7 @@ def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
 
 
 def report(results: dict[str, dict[str, Any]], settings: Benchmark) -> None:
-    """Prints the table, and saves it with its picture."""
+    """Prints the table, and saves it."""
     rows = []
     for name, result in results.items():
         row = {"variant": name, "first_loss": result["loss"], "memory_MiB": result["memory"]}

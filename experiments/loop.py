@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -20,13 +20,18 @@ from capsjax.checkpoint import Checkpoints, fill
 from capsjax.train import Metrics, Report, TrainState, jit_steps
 from plan import Plan
 
-# Steps in flight: enough to keep a GPU busy while the host reads results; on a mesh of CPU devices
-# more than about 16 steps that nobody waits for abort the process.
+# Steps in flight on an accelerator: enough to keep it busy while the host reads results. On a CPU
+# none: they gain nothing there, a signal would wait for them, and on a mesh of CPU devices more
+# than about 16 that nobody waits for abort the process.
 _IN_FLIGHT = 4
 
 
 class Diverged(ArithmeticError):
     """A loss or a gradient stopped being a finite number."""
+
+
+class Stopped(Exception):
+    """A signal came during an evaluation."""
 
 
 class Figures(NamedTuple):
@@ -63,6 +68,9 @@ class Runner:
         self._train_set = self._place(data.x_train, data.y_train)
         self._test_set = self._place(data.x_test, data.y_test)
         self._key = jax.random.key(plan.settings.recipe.seed)
+        platform = plan.mesh.devices.flat[0].platform
+        self._in_flight = 0 if platform == "cpu" else _IN_FLIGHT
+        self._stopped: list[int] = []  # signals that ask the run to end
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -78,16 +86,22 @@ class Runner:
           SystemExit: after SIGINT or SIGTERM and the checkpoint that follows it, status 128 + n.
         """
         plan, test = self.plan, None
+        # Sums at an epoch's last step: its evaluation is still to do, so it is not done yet.
+        unfinished = int(state.sums.examples) > 0
         state = jax.device_put(state, sharding.replicated(plan.mesh))
-        done, epochs = int(state.step) // plan.steps, plan.settings.recipe.epochs
+        done, epochs = (int(state.step) - unfinished) // plan.steps, plan.settings.recipe.epochs
         rows: list[dict[str, Any]] = [*run_folder.read_rows(folder)[:done]]
         seconds = notes.get("seconds", 0.0)
-        with start.checkpoints(folder) as checkpoints, stop_signals() as stopped:
+        stopped = self._stopped
+        with start.checkpoints(folder) as checkpoints, stop_signals(stopped):
             for epoch in range(done, epochs):
                 state, seconds = self._epoch(epoch, state, seconds, checkpoints, stopped)
                 held_out = plan.validation_indices
-                validation = self.evaluate(state.params, held_out) if len(held_out) else None
-                test = self.evaluate(state.params)
+                try:
+                    validation = self.evaluate(state.params, held_out) if len(held_out) else None
+                    test = self.evaluate(state.params)
+                except Stopped:
+                    self._end(checkpoints, state, seconds, stopped)
                 for split, figures in (("validation", validation), ("test", test)):
                     if figures is not None:
                         _require_finite(state.step, figures, f"{split} ")
@@ -116,10 +130,13 @@ class Runner:
         filled = -len(indices) % size  # the last batch is filled up with images that do not count
         batches = np.pad(indices, (0, filled)).reshape(-1, size)
         counts = (np.arange(batches.size) < len(indices)).reshape(batches.shape)
+        params = jax.device_put(params, sharding.replicated(self.plan.mesh))
         results = []
         for batch, counted in zip(batches, counts, strict=True):
+            if self._stopped:
+                raise Stopped
             results.append(self._evaluate(params, images, labels, batch, counted))
-            jax.block_until_ready(results[-_IN_FLIGHT:][0])
+            jax.block_until_ready(results[-1 - self._in_flight :][0])
         metrics, classes = zip(*jax.device_get(results), strict=True)
         sums = Metrics(*(sum(values) for values in zip(*metrics, strict=True)))
         return Figures.of(sums, np.concatenate(classes)[: len(indices)])
@@ -141,18 +158,24 @@ class Runner:
             for number, batch in enumerate(plan.epoch_order(epoch)[first:], first + 1):
                 state, report = self._train(state, self._key, *self._train_set, batch)
                 in_flight.append(report)
-                ends = number == plan.steps
-                due = not ends and (bool(stopped) or number % every == 0)
+                ends, due = number == plan.steps, number % every == 0
                 # A state is saved only after every step that led to it was found finite.
-                while len(in_flight) > (0 if ends or due else _IN_FLIGHT):
+                while len(in_flight) > (0 if ends or due or stopped else self._in_flight):
                     self._read(in_flight.popleft(), bar)
                 seconds = time.perf_counter() - begin
-                if due:
+                if stopped:
+                    self._end(checkpoints, state, seconds, stopped)
+                if due and not ends:
                     checkpoints.save(state, {"seconds": seconds})
-                if due and stopped:
-                    checkpoints.wait()
-                    raise SystemExit(128 + stopped[0])
         return state, seconds
+
+    def _end(
+        self, checkpoints: Checkpoints, state: TrainState, seconds: float, stopped: list[int]
+    ) -> NoReturn:
+        """Ends the run after a signal, with a checkpoint."""
+        checkpoints.save(state, {"seconds": seconds})
+        checkpoints.wait()
+        raise SystemExit(128 + stopped[0])
 
     def _read(self, report: Report, bar: tqdm) -> None:
         """Shows a step's figures, or stops the run over them."""
@@ -177,6 +200,7 @@ class Runner:
             unit=" images",
             leave=False,
             disable=None,  # no bar where nobody watches
+            bar_format="{desc} {percentage:3.0f}% {bar} {rate_fmt}, {remaining} left{postfix}",
         )
 
     def _row(
@@ -210,9 +234,8 @@ class Runner:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(received: list[int]) -> Iterator[None]:
     """Collects SIGINT and SIGTERM, so that the step under way ends; a second one ends at once."""
-    received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         if received:
@@ -223,7 +246,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

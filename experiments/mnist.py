@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import machine
 import start
+from capsjax.checkpoint import CheckpointError
 from capsjax.presets import PRESETS, Preset
 from capsjax.train import merge
 from loop import Diverged, Runner
@@ -36,16 +37,18 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
     else:
         try:
             state, test = runner.train(folder, state, notes)
-        except Diverged as error:
-            print(f"error: {error}; checkpoints before it are kept in {folder}", file=sys.stderr)
+        except (Diverged, CheckpointError, OSError) as error:
+            print(f"error: {error}; what was saved before is kept in {folder}", file=sys.stderr)
             raise SystemExit(1) from error
     model = merge(plan.recipe.graphdef, state.params)
     data = plan.dataset
-    write_pictures(
-        folder, model, data.x_test, data.y_test, test.classes, data.class_names, read_rows(folder)
-    )
+    rows = read_rows(settings.run.weights or folder if settings.run.testing else folder)
+    write_pictures(folder, model, data.x_test, data.y_test, test.classes, data.class_names, rows)
     print(f"test error: {test.error:.2f} % ({test.wrong} of {test.examples})")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step or after the last
+        raise SystemExit(130) from None

@@ -39,7 +39,10 @@ class Plan:
     def fingerprint(self) -> int:
         """Tells other images from the same ones."""
         data = self.dataset
-        return zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
+        crc = 0
+        for array in (data.x_train, data.y_train, data.x_test, data.y_test):
+            crc = zlib.crc32(array.tobytes(), crc)
+        return crc
 
 
 def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
@@ -62,7 +65,14 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
             f"--shift-pixels {recipe.shift_pixels} would move images of {height}×{width} pixels "
             "out of sight"
         )
-    train_indices, validation_indices = _split(len(dataset.y_train), images, recipe.seed)
+    train, held_out = _split(len(dataset.y_train), images, recipe.seed)
+    if images.train_size or images.validation:  # the devices hold only what is used
+        used = np.concatenate([train, held_out])
+        dataset = dataclasses.replace(
+            dataset, x_train=dataset.x_train[used], y_train=dataset.y_train[used]
+        )
+    numbers = np.arange(len(train) + len(held_out), dtype=np.int32)
+    train_indices, validation_indices = np.split(numbers, [len(train)])
     steps = len(train_indices) // recipe.batch_size
     if not steps:
         raise ValueError(
@@ -77,7 +87,7 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
     lr_decay = per_epoch if recipe.lr_decay is None else recipe.lr_decay
     recipe = dataclasses.replace(recipe, lam_recon=lam_recon, lr_decay=lr_decay)
     # optax takes the end of a rate that does not decay for its ceiling.
-    floor = preset.lr_floor if lr_decay < 1 else None
+    floor = min(preset.lr_floor, recipe.lr) if lr_decay < 1 else None
     schedule = optax.exponential_decay(
         recipe.lr, steps, lr_decay, staircase=preset.lr_staircase, end_value=floor
     )

@@ -149,10 +149,10 @@ def refusals() -> Iterator[None]:
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON holds them: paths as strings."""
+    """Settings as JSON holds them: paths as strings, whatever folder a run is resumed from."""
     groups = dataclasses.asdict(settings)
     return {
-        group: {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+        group: {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in fields.items()}
         for group, fields in groups.items()
     }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import run_folder
-from capsjax.checkpoint import Checkpoints, fill
+from capsjax.checkpoint import Checkpoint, Checkpoints, fill
 from capsjax.train import TrainState
 from plan import Plan
 from settings import to_json
@@ -53,8 +53,7 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[Path, TrainSta
     epochs, weights = plan.settings.recipe.epochs, config["settings"]["run"]["weights"]
     notes = {}
     if checkpoint is not None:
-        for step in checkpoint.unsound:
-            print(f"the checkpoint of step {step} is damaged and was passed over")
+        _report(checkpoint)
         print(f"resume    step {checkpoint.step} of {epochs * plan.steps}")
         state, notes = fill(state, checkpoint.arrays), checkpoint.notes
     elif weights is not None:
@@ -65,6 +64,11 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[Path, TrainSta
     return folder, state, notes
 
 
+def _report(checkpoint: Checkpoint) -> None:
+    for step in checkpoint.unsound:
+        print(f"the checkpoint of step {step} is damaged and was passed over")
+
+
 def _load_weights(folder: Path, state: TrainState) -> TrainState:
     """Takes the parameters of another run: its best on validation images, or else its last."""
     run_folder.read_config(folder)
@@ -72,4 +76,5 @@ def _load_weights(folder: Path, state: TrainState) -> TrainState:
         raise ValueError(f"{folder} holds no weights: it ended before its first checkpoint")
     with checkpoints(folder) as saved:
         checkpoint = saved.best()
+    _report(checkpoint)
     return state._replace(params=fill(state.params, checkpoint.arrays, "params."))

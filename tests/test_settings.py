@@ -119,9 +119,16 @@ def test_none_asks_for_what_follows_from_the_rest(flag):
 
 def test_settings_come_back_from_json_as_they_were():
     settings = parsed(
-        preset="paper", lam_recon=2.0, data_dir="a/b.npz", validation=5, save_dir="r", devices=2
+        preset="paper", lam_recon=2.0, data_dir="/a/b.npz", validation=5, save_dir="/r", devices=2
     )
     assert from_json(json.loads(json.dumps(to_json(settings)))) == settings
+
+
+def test_config_json_holds_whole_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    groups = to_json(parsed(data_dir="a/b.npz", save_dir="r"))
+    assert groups["images"]["data_dir"] == str(tmp_path / "a" / "b.npz")
+    assert groups["run"]["save_dir"] == str(tmp_path / "r")
 
 
 @pytest.mark.parametrize("columns", [60, 80])
