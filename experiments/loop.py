@@ -120,6 +120,8 @@ class Runner:
                 best = checkpoints.best()
                 print(f"best on the validation images: epoch {best.step // plan.steps}")
                 state, test = fill(state, best.arrays), None
+        if stopped:  # after the last evaluation: all is saved, and --resume prints the result
+            raise SystemExit(128 + stopped[0])
         return state, test or self.evaluate(state.params)
 
     def evaluate(self, params: Any, train_indices: np.ndarray | None = None) -> Figures:
