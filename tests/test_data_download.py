@@ -223,6 +223,8 @@ def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
             waiting.wait(60)
 
     code = (
+        # A process of a background job, as a continuous integration's may be, ignores SIGINT.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from capsjax import data; "
         "from tensorflow_datasets.image_classification import mnist; "
         "mnist.MNIST.URL = sys.argv[1]; data.load('mnist', sys.argv[2], download=True)"
@@ -237,6 +239,7 @@ def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
             _, errors = process.communicate(timeout=10)
         finally:
             process.kill()
+            process.communicate()
             waiting.set()
     assert "KeyboardInterrupt" in errors
     assert not list(folder.iterdir())

@@ -187,6 +187,7 @@ def test_the_result_is_a_count_of_what_the_trained_network_misreads(trained):
     assert same_bits(drawn_params(ended), params_of(ended.folder))
 
 
+@pytest.mark.slow
 def test_without_any_data_it_takes_the_mnist_of_the_package(start):
     ended = start(data_dir=None, train_size=500, batch_size=500, epochs=1)
     lines = ended.out.splitlines()

@@ -160,7 +160,7 @@ def test_help_of_a_preset_shows_its_defaults(capsys):
 
 
 @pytest.mark.parametrize("flag", NUMBERS)
-@pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf", "many", "", "1e", "0x10"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf", "many", ""])
 def test_a_value_that_cannot_be_meant_is_refused(refused, flag, value):
     message = refused(**{flag: value})
     assert f"--{flag.replace('_', '-')}" in message

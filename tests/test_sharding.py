@@ -128,7 +128,7 @@ def test_fewer_devices_may_be_asked_for(devices):
     [
         (100, 8, "8 devices do not divide a batch of 100 images evenly"),
         (100, 9, r"9 devices asked for, 8 found \(cpu\)"),
-        (1024, 16, "JAX_NUM_CPU_DEVICES=16 to split a CPU"),
+        (1024, 16, "set JAX_NUM_CPU_DEVICES=16 to split it"),
         (100, 0, "0 devices asked for"),
         (100, -1, "-1 devices asked for"),
     ],
