@@ -239,7 +239,7 @@ def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
             _, errors = process.communicate(timeout=10)
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
             waiting.set()
     assert "KeyboardInterrupt" in errors
     assert not list(folder.iterdir())
