@@ -39,8 +39,9 @@ class Benchmark:
     """Steps a turn."""
     save_dir: Path = Path(".")
     """Folder for benchmark.json."""
-    worker: tyro.conf.Suppress[str | None] = None
 
+
+_WORKER = "--worker"  # the first argument of a process that measures one variant
 
 Task = Callable[[int], float | None]  # steps -> the last loss, if there is one
 
@@ -56,9 +57,7 @@ VARIANTS = {
 
 def main() -> None:
     settings = tyro.cli(Benchmark)
-    if settings.worker is not None:
-        return work(settings, *VARIANTS[settings.worker])
-    workers = {name: start(name) for name in VARIANTS}
+    workers = {name: start(name, settings) for name in VARIANTS}
     results: dict[str, dict[str, Any]] = {name: {"train": [], "forward": []} for name in workers}
     for name, worker in list(workers.items()):
         first = ask(worker)
@@ -77,8 +76,9 @@ def main() -> None:
     report(results, settings)
 
 
-def start(name: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+def start(name: str, settings: Benchmark) -> subprocess.Popen:
+    sizes = (str(settings.batch_size), str(settings.routings), str(settings.steps))
+    command = [sys.executable, __file__, _WORKER, name, *sizes]
     on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=on_cpu)
@@ -183,7 +183,7 @@ def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
             value = torch_capsnet.loss(lengths.float(), y, x, reconstruction.float())
             value.backward()
             optimizer.step()
-        return float(value)
+        return value.item()
 
     def forward(steps: int) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -216,4 +216,9 @@ def report(results: dict[str, dict[str, Any]], settings: Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [_WORKER]:
+        name, batch_size, routings, steps = sys.argv[2:]
+        sizes = Benchmark(int(batch_size), int(routings), steps=int(steps))
+        work(sizes, *VARIANTS[name])
+    else:
+        main()
