@@ -66,8 +66,7 @@ def primary_capsules(
             f"primary_capsules: expected a bias of shape {list(kernel.shape[-1:])} for a kernel of "
             f"shape {list(kernel.shape)}, got {list(bias.shape)}"
         )
-    s = conv(x.astype(dtype), coupling * kernel, strides=strides)
-    s = s + jnp.broadcast_to(bias, s.shape)
+    s = conv(x.astype(dtype), coupling * kernel, bias, strides=strides)
     if grouping == "flat":
         s = jnp.moveaxis(s, -1, -3)
     rows, columns, channels = s.shape[-3:]

@@ -141,7 +141,6 @@ def routing_state(
         _lift(bias, (*(1,) * (u_hat.ndim - 3), u_hat.shape[-3], u_hat.shape[-1])),
         routings=routings,
         stop_gradient=stop_gradient,
-        axis=-2,
     )
     return state._replace(capsules=state.capsules.astype(float_dtype(u_hat)))
 
@@ -190,8 +189,7 @@ def dense_capsules(
     # i last: the sums over k then run along whole rows, which a CPU does many at a time.
     rows = u.astype(dtype).swapaxes(-1, -2).reshape(math.prod(lead), k, i)  # [b, k, i]
     maps = weight.astype(dtype).transpose(0, 2, 3, 1).reshape(j, d, k * i)
-    # One output capsule after the other, if all at once would be large.
-    over_classes = jax.vmap if j * i * k <= _TOGETHER else _one_by_one
+    over_classes = _as_the_platform_likes if j * i * k <= _TOGETHER else _one_by_one
 
     def weighted_sum(couplings: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, maps = inputs
@@ -206,7 +204,9 @@ def dense_capsules(
         rows, maps = inputs
 
         def one(v: jax.Array, w: jax.Array) -> jax.Array:  # v [b, d], w [d, k·i] -> û·v [b, i]
-            return jnp.sum(_dot(v.astype(dtype), w, 0).reshape(-1, k, i) * rows, 1)
+            values = _dot(v.astype(dtype), w, 0).reshape(-1, k, i)
+            # Written out, for XLA's sum over an inner axis takes ten times as long on a CPU.
+            return sum((values[:, n] * rows[:, n] for n in range(1, k)), values[:, 0] * rows[:, 0])
 
         return over_classes(jax.checkpoint(one))(v, maps)
 
@@ -214,13 +214,12 @@ def dense_capsules(
         weighted_sum,
         agreement,
         (rows, maps),
-        (j, rows.shape[0], i),
-        _lift(bias, (j, 1, d)),
+        (rows.shape[0], j, i),
+        _lift(bias, (1, j, d)),
         routings=routings,
         stop_gradient=stop_gradient,
-        axis=0,
     )
-    return state.capsules.swapaxes(0, 1).reshape(*lead, j, d).astype(dtype)
+    return state.capsules.reshape(*lead, j, d).astype(dtype)
 
 
 def _route(
@@ -232,17 +231,16 @@ def _route(
     *,
     routings: int,
     stop_gradient: bool,
-    axis: int,
 ) -> RoutingState:
-    """Procedure 1, whatever it is that the couplings of `shape` weigh; j runs along `axis`."""
+    """Procedure 1, whatever it is that the couplings of `shape` [..., j, i] weigh."""
     inner, inner_bias = lax.stop_gradient((inputs, bias)) if stop_gradient else (inputs, bias)
     logits = jnp.zeros(shape)
     # The first couplings are known: a softmax of zeros would be folded for seconds at compile time.
-    couplings = jnp.full(shape, 1 / shape[axis])
+    couplings = jnp.full(shape, 1 / shape[-2])
     for _ in range(routings - 1):
         v = squash(weighted_sum(couplings, inner) + inner_bias)
         logits += agreement(v, inner)
-        couplings = jax.nn.softmax(logits, axis)
+        couplings = jax.nn.softmax(logits, -2)
     return RoutingState(logits, couplings, squash(weighted_sum(couplings, inputs) + bias))
 
 
@@ -256,9 +254,26 @@ def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _as_the_platform_likes(function: Callable) -> Callable:
+    """Makes a function of one class, [b, n] and w -> [b, m], one of all: [b, j, n], W -> [b, j, m].
+
+    On a CPU one by one, for what a class needs stays in its cache; elsewhere all at once.
+    """
+    cpu, default = _one_by_one(function), _at_once(function)
+    return lambda x, w: lax.platform_dependent(x, w, cpu=cpu, default=default)
+
+
+def _at_once(function: Callable) -> Callable:
+    return jax.vmap(function, (1, 0), 1)
+
+
 def _one_by_one(function: Callable) -> Callable:
-    """As `jax.vmap`, with the memory of one call."""
-    return lambda *arrays: lax.map(lambda slices: function(*slices), arrays)
+    """With the memory of one class."""
+
+    def over_classes(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.map(lambda one: function(*one), (x.swapaxes(0, 1), w)).swapaxes(0, 1)
+
+    return over_classes
 
 
 def check_capsule_layer(function: str, u: jax.Array, weight: jax.Array) -> None:

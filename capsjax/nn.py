@@ -275,8 +275,7 @@ class CapsNet(nnx.Module):
     def __call__(self, images: ArrayLike, labels: ArrayLike | None = None) -> CapsNetOutput:
         images = jnp.asarray(images)
         self.check_images(images)
-        x = conv(images, self.conv1.kernel[...])
-        x = jax.nn.relu(x + jnp.broadcast_to(self.conv1.bias[...], x.shape))
+        x = jax.nn.relu(conv(images, self.conv1.kernel[...], self.conv1.bias[...]))
         capsules = self.classes(self.primary(x))
         layers = [(layer.kernel[...], layer.bias[...]) for layer in self.decoder]
         pixels = decode(layers, mask(capsules, labels))

@@ -200,7 +200,7 @@ def perturbations(
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("added to the number", fontproperties=_FONT)
-    axes.set_ylabel("number of the capsule", fontproperties=_FONT)
+    axes.set_ylabel("which of the capsule's numbers", fontproperties=_FONT)
     name = _drawable(class_names[label], label)
     title = f"The capsule of “{name}”, one of its {numbers} numbers moved"
     axes.set_title(title, fontsize=11, loc="left", parse_math=False)

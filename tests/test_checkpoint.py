@@ -279,7 +279,7 @@ def test_a_flipped_bit_anywhere_is_harmless_or_found(saved):
         path.write_bytes(content)
     largest = max(files(folder / "2"), key=lambda path: path.stat().st_size)
     assert {"metadata", largest.name} <= set(found)
-    assert not {"metadata", largest.name} & set(harmless)
+    assert "metadata" not in harmless
 
 
 @pytest.mark.parametrize("kind", ["emptied", "truncated"])

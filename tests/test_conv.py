@@ -34,23 +34,23 @@ SLOW = {
 
 
 def sample(image, kernel, strides, dtype=jnp.float32, seed=0):
-    """Images, kernel and a cotangent of the outputs."""
+    """Images, kernel, bias and a cotangent of the outputs."""
     rng = np.random.default_rng(seed)
     size = [(n - k) // s + 1 for n, k, s in zip(image[-3:-1], kernel[:2], strides, strict=True)]
-    shapes = image, kernel, (*image[:-3], *size, kernel[3])
+    shapes = image, kernel, kernel[3:], (*image[:-3], *size, kernel[3])
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(strides, x, w, dy):
-    y, gradients = jax.vjp(lambda x, w: conv(x, w, strides=strides), x, w)
+def value_and_gradients(strides, x, w, b, dy):
+    y, gradients = jax.vjp(functools.partial(conv, strides=strides), x, w, b)
     return y, *gradients(dy)
 
 
-def definition(strides, x, w, dy):
-    """The sum over the taps in float64: output, dx and dw."""
-    x, w, dy = (np.asarray(a).astype(np.float64) for a in (x, w, dy))
-    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+def definition(strides, x, w, b, dy):
+    """The sum over the taps in float64: output, dx, dw and db."""
+    x, w, b, dy = (np.asarray(a).astype(np.float64) for a in (x, w, b, dy))
+    y, dx, dw = np.zeros(dy.shape) + b, np.zeros(x.shape), np.zeros(w.shape)
     for p, q in np.ndindex(w.shape[:2]):
         rows, columns = (
             slice(tap, tap + n * s, s)
@@ -60,7 +60,7 @@ def definition(strides, x, w, dy):
         y += x[seen] @ w[p, q]
         dx[seen] += dy @ w[p, q].T
         dw[p, q] = np.einsum("bhwc,bhwo->co", x[seen], dy)
-    return y, dx, dw
+    return y, dx, dw, dy.sum((0, 1, 2))
 
 
 def error(actual, expected) -> float:
@@ -103,22 +103,27 @@ def test_patches_times_kernel_give_the_convolution_and_its_gradients(case, dtype
 
 @pytest.mark.parametrize("case", ["primary capsules", "several tiles"])
 def test_products_of_polynomials_agree_with_patches_times_kernel(case, dtype):
-    strides, (x, w, dy) = FAST[case][2], sample(*FAST[case], dtype)
+    strides, (x, w, b, dy) = FAST[case][2], sample(*FAST[case], dtype)
 
     @jax.jit
     def direct(x, w, dy):
         return _conv._patches_conv(strides, x, w), *_conv._patches_conv_bwd(strides, x, w, dy)
 
-    actual = value_and_gradients(strides, x, w, dy)
+    *actual, _ = value_and_gradients(strides, x, w, jnp.zeros_like(b), dy)
     assert_close(actual, direct(x, w, dy), TOLERANCE[dtype.__name__])
+
+
+def platform_conv(strides, x, w, b):
+    """As a user writes it with `jax.lax`."""
+    return _conv._platform_conv(strides, x, w) + b[None, None, None]
 
 
 @pytest.mark.parametrize("size", [(1, 8, 9, 64), (1, 8, 9, 2)], ids=["fast", "direct"])
 def test_agrees_with_the_platforms_convolution(size):
     arrays = sample(size, (3, 4, size[-1], 64), (1, 1))
     assert bool(plan(size, arrays[1].shape, (1, 1))) == (size[-1] == 64)
-    y, gradients = jax.vjp(functools.partial(_conv._platform_conv, (1, 1)), *arrays[:2])
-    assert_close(value_and_gradients((1, 1), *arrays), (y, *gradients(arrays[2])), 1e-5)
+    y, gradients = jax.vjp(functools.partial(platform_conv, (1, 1)), *arrays[:3])
+    assert_close(value_and_gradients((1, 1), *arrays), (y, *gradients(arrays[3])), 1e-5)
 
 
 @st.composite
@@ -172,35 +177,35 @@ def test_a_kernel_too_long_for_float32_is_patches_times_kernel():
 
 
 def test_leading_axes_are_kept(lead, call):
-    x, w, _ = sample((*lead, 8, 9, 64), (3, 3, 64, 64), (1, 1))
-    y = call(lambda x: conv(x, w), x)
+    x, w, b, _ = sample((*lead, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+    y = call(lambda x: conv(x, w, b), x)
     assert_shape(y, (*lead, 6, 7, 64))
-    direct = _conv._patches_conv((1, 1), x.reshape(-1, *x.shape[-3:]), w)
+    direct = platform_conv((1, 1), x.reshape(-1, *x.shape[-3:]), w, b)
     assert error(y, direct.reshape(y.shape)) < 1e-5
 
 
 def test_each_image_of_a_scan_is_convolved():
-    x, w, _ = sample((3, 8, 9, 64), (3, 3, 64, 64), (1, 1))
-    _, y = jax.lax.scan(lambda carry, image: (carry, conv(image, w)), None, x)
-    assert error(y, _conv._patches_conv((1, 1), x, w)) < 1e-5
+    x, w, b, _ = sample((3, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+    _, y = jax.lax.scan(lambda carry, image: (carry, conv(image, w, b)), None, x)
+    assert error(y, platform_conv((1, 1), x, w, b)) < 1e-5
 
 
-def test_a_float32_kernel_meets_bfloat16_images_and_gets_a_float32_gradient():
-    x, w, dy = sample((1, 8, 9, 64), (3, 3, 64, 64), (1, 1))
+def test_float32_parameters_meet_bfloat16_images_and_get_float32_gradients():
+    x, w, b, dy = sample((1, 8, 9, 64), (3, 3, 64, 64), (1, 1))
     x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
-    y, _, dw = value_and_gradients((1, 1), x, w, dy)
-    assert (y.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
-    assert_close((y, dw), definition((1, 1), x, w, dy)[::2], 2e-2)
+    actual = value_and_gradients((1, 1), x, w, b, dy)
+    assert [a.dtype for a in actual] == [jnp.bfloat16] * 2 + [jnp.float32] * 2
+    assert_close(actual, definition((1, 1), x, w, b, dy), 2e-2)
 
 
 def test_the_gradient_has_a_gradient():
-    x, w, _ = sample((1, 6, 6, 64), (3, 3, 64, 64), (1, 1))
+    x, w, b, _ = sample((1, 6, 6, 64), (3, 3, 64, 64), (1, 1))
 
     def slope(convolve):
-        dw = jax.grad(lambda w, x: jnp.sum(convolve(x, w) ** 2))
+        dw = jax.grad(lambda w, x: jnp.sum(convolve(x, w, b) ** 2))
         return jax.jit(jax.grad(lambda x: jnp.sum(dw(w, x) ** 2)))(x)
 
-    assert error(slope(conv), slope(functools.partial(_conv._platform_conv, (1, 1)))) < 1e-5
+    assert error(slope(conv), slope(functools.partial(platform_conv, (1, 1)))) < 1e-5
 
 
 def operations(function, *arrays, platform) -> dict[str, int]:
@@ -214,51 +219,52 @@ def operations(function, *arrays, platform) -> dict[str, int]:
     "case", [FAST["several tiles"], SLOW["one channel"]], ids=["fast", "direct"]
 )
 def test_other_platforms_get_their_own_convolution_and_nothing_else(platform, case):
-    strides, (x, w, _) = case[2], sample(*case)
+    strides, arrays = case[2], sample(*case)[:3]
 
     def loss(convolve):
-        return lambda x, w: jnp.sum(convolve(x, w) ** 2)
+        return lambda *arrays: jnp.sum(convolve(*arrays) ** 2)
 
     ours = functools.partial(conv, strides=strides)
-    theirs = functools.partial(_conv._platform_conv, strides)
-    for transform in (lambda f: f, lambda f: jax.grad(loss(f), (0, 1))):
-        expected = operations(transform(theirs), x, w, platform=platform)
+    theirs = functools.partial(platform_conv, strides)
+    for transform in (lambda f: f, lambda f: jax.grad(loss(f), (0, 1, 2))):
+        expected = operations(transform(theirs), *arrays, platform=platform)
         assert expected["convolution"] in (1, 3)
-        assert operations(transform(ours), x, w, platform=platform) == expected
+        assert operations(transform(ours), *arrays, platform=platform) == expected
 
 
-def gradients(x, w):
-    return jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2), (0, 1))(x, w)
+def gradients(*arrays):
+    return jax.grad(lambda *arrays: jnp.sum(conv(*arrays) ** 2), (0, 1, 2))(*arrays)
 
 
 @pytest.mark.parametrize("channels", [64, 2], ids=["fast", "direct"])
 def test_eight_devices_share_the_batch(channels):
-    x, w, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
-    expected = jax.jit(gradients)(x, w)
+    *arrays, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
+    expected = jax.jit(gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    dx, dw = jax.jit(gradients)(jax.device_put(x, split), jax.device_put(w, whole))
-    assert dx.sharding.is_equivalent_to(split, 4)
-    assert_close((dx, dw), expected, 1e-5)
+    actual = jax.jit(gradients)(*jax.device_put(tuple(arrays), (split, whole, whole)))
+    assert actual[0].sharding.is_equivalent_to(split, 4)
+    assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("channels", [64, 2], ids=["fast", "direct"])
-def test_shard_map_sums_the_kernels_gradient_over_the_devices(channels):
-    x, w, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
-    expected = jax.jit(gradients)(x, w)
+def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices(channels):
+    *arrays, _ = sample((16, 8, 8, channels), (3, 3, channels, 64), (1, 1))
+    expected = jax.jit(gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("data"), PartitionSpec()
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(split, whole), out_specs=(split, whole))
-    assert_close(jax.jit(sharded)(x, w), expected, 1e-5)
+    specs = (split, whole, whole)
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs)
+    assert_close(jax.jit(sharded)(*arrays), expected, 1e-5)
 
 
 def test_an_export_takes_any_number_of_images():
     (batch,) = export.symbolic_shape("batch")
-    x, w, _ = sample((3, 8, 8, 64), (3, 3, 64, 64), (1, 1))
-    function = jax.jit(lambda x, w: (conv(x, w), *gradients(x, w)))
+    x, w, b, _ = sample((3, 8, 8, 64), (3, 3, 64, 64), (1, 1))
+    function = jax.jit(lambda *arrays: (conv(*arrays), *gradients(*arrays)))
     shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(shape, w)
-    assert_close(exported.call(x, w), function(x, w), 1e-5)
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(shape, w, b)
+    assert_close(exported.call(x, w, b), function(x, w, b), 1e-5)
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -275,10 +281,16 @@ def test_an_export_takes_any_number_of_images():
     ],
 )
 def test_wrong_shapes_and_strides_are_named(image, kernel, strides, message, transform):
+    arrays = jnp.zeros(image), jnp.zeros(kernel), jnp.zeros(kernel[3:])
     with pytest.raises(ValueError, match=message):
-        transform(lambda x, w: conv(x, w, strides=strides))(jnp.zeros(image), jnp.zeros(kernel))
+        transform(functools.partial(conv, strides=strides))(*arrays)
+
+
+def test_a_bias_of_another_length_is_named():
+    with pytest.raises(ValueError, match=r"bias must be \[4\] .* \[3, 3, 3, 4\], got \[1\]"):
+        conv(jnp.zeros((8, 8, 3)), jnp.zeros((3, 3, 3, 4)), jnp.zeros(1))
 
 
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"x must be floats .* got uint8"):
-        conv(jnp.zeros((8, 8, 1), jnp.uint8), jnp.zeros((3, 3, 1, 4)))
+        conv(jnp.zeros((8, 8, 1), jnp.uint8), jnp.zeros((3, 3, 1, 4)), jnp.zeros(4))

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from flax import nnx
 
 import capsjax
-from capsjax.presets import PAPER, PRESETS, SEED
+from capsjax.presets import PAPER, PRESETS, SEED, Model
 
 # Every array of CapsNet for 28×28×1 and 10 classes.
 SHAPES = {
@@ -34,6 +35,12 @@ def arrays(model) -> dict:
 def network(preset, **options):
     model = {**dataclasses.asdict(preset.model), **options}
     return capsjax.nn.CapsNet(**model, rngs=nnx.Rngs(0))
+
+
+def test_the_defaults_of_the_network_are_those_of_the_model():
+    signature = inspect.signature(capsjax.nn.CapsNet.__init__).parameters
+    model = dataclasses.asdict(Model())
+    assert {name: signature[name].default for name in model} == model
 
 
 @pytest.mark.parametrize(

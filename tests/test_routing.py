@@ -307,13 +307,14 @@ def test_the_capsule_layer_equals_the_paper(rng, lead, dtype, call):
     np.testing.assert_allclose(float64(v), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["all classes at once", "one by one"])
+@pytest.mark.parametrize("order", ["_as_the_platform_likes", "_at_once", "_one_by_one"])
 @pytest.mark.parametrize("routings", [1, 3])
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_the_capsule_layer_has_routings_value_and_gradients(
-    rng, bias, together, routings, stop_gradient, monkeypatch
+    rng, bias, order, routings, stop_gradient, monkeypatch
 ):
-    monkeypatch.setattr(capsjax._routing, "_TOGETHER", 10**9 if together else 0)
+    order = getattr(capsjax._routing, order)
+    monkeypatch.setattr(capsjax._routing, "_as_the_platform_likes", order)
     weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
     u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
     cotangent = jnp.asarray(rng.normal(size=(2, J, D)), jnp.float32)
@@ -332,6 +333,18 @@ def test_the_capsule_layer_has_routings_value_and_gradients(
         for function in (layer, composed)
     ]
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "platforms"), [(10, ["cpu"]), (1000, ["cpu", "cuda", "tpu"])])
+def test_classes_go_one_by_one_where_they_are_many_and_on_a_cpu(classes, platforms):
+    u = jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)
+    weight = jax.ShapeDtypeStruct((classes, 1152, 16, 8), jnp.float32)
+    traced = jax.jit(jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1))).trace
+    lowered = {
+        platform: traced(u, weight).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert [name for name, text in lowered.items() if "stablehlo.while" in text] == platforms
 
 
 def test_the_memory_of_the_capsule_layer_does_not_hold_the_predictions():

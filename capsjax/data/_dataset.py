@@ -20,12 +20,12 @@ class Dataset:
     """Labelled training and test images in host memory.
 
     Attributes:
-        x_train: uint8 `[N, H, W, C]`, pixels from 0 to 255.
-        y_train: int32 `[N]`, class numbers from 0.
-        x_test: uint8 `[M, H, W, C]`.
-        y_test: int32 `[M]`.
-        class_names: a name for each class; `class_names[y]` reads a label.
-        source: where the arrays came from, in words.
+      x_train: uint8 `[N, H, W, C]`, pixels from 0 to 255.
+      y_train: int32 `[N]`, class numbers from 0.
+      x_test: uint8 `[M, H, W, C]`.
+      y_test: int32 `[M]`.
+      class_names: a name for each class; `class_names[y]` reads a label.
+      source: where the arrays came from, in words.
     """
 
     x_train: np.ndarray
@@ -46,12 +46,6 @@ class Dataset:
         """Number of classes."""
         return len(self.class_names)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the four arrays take, in bytes."""
-        arrays = self.x_train, self.y_train, self.x_test, self.y_test
-        return sum(array.nbytes for array in arrays)
-
     def __repr__(self) -> str:
         return (
             f"Dataset({len(self.x_train)} training and {len(self.x_test)} test images "
@@ -71,8 +65,8 @@ def checked(
     """A `Dataset` of arrays that fit each other; without names the labels are the names.
 
     Raises:
-        DataError: a wrong dtype or shape, a pair of different lengths, an empty set, training and
-            test images of different shape, labels outside the classes, a class with no image.
+      DataError: a wrong dtype or shape, a pair of different lengths, an empty set, training and
+        test images of different shape, labels outside the classes, a class with no image.
     """
     x_train = _images(x_train, f"{source}: training images")
     x_test = _images(x_test, f"{source}: test images")

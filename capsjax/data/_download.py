@@ -26,7 +26,7 @@ def probe(url: str) -> None:
     """Ask whether anyone answers at a URL at all, within seconds.
 
     Raises:
-        DataError: nobody does.
+      DataError: nobody does.
     """
     outcome: list[Exception | None] = []
     # In a thread, since looking up the host's name knows no timeout.
@@ -43,7 +43,7 @@ def fetch(url: str, path: Path, sha256: str | None) -> None:
     """Download a URL to a file.
 
     Raises:
-        DataError: the server refuses, stalls or breaks off, or the file has another checksum.
+      DataError: the server refuses, stalls or breaks off, or the file has another checksum.
     """
     digest = hashlib.sha256()
     try:

@@ -38,18 +38,18 @@ def load(
     TFDS's is a shuffled one.
 
     Args:
-        name: a TFDS name such as `"mnist"`, `"fashion_mnist"`, `"kmnist"`, `"emnist/letters"` or
-            `"cifar10"`. With `data_dir` it says what the files are: 28×28 images called after a
-            member of the MNIST family have its classes. Give your own data a name of their own.
-        data_dir: where the data are, see above; with `download` also where they go.
-        download: have TFDS download and prepare a member of the MNIST family that is not there yet.
+      name: a TFDS name such as `"mnist"`, `"fashion_mnist"`, `"kmnist"`, `"emnist/letters"` or
+        `"cifar10"`. With `data_dir` it says what the files are: 28×28 images called after a
+        member of the MNIST family have its classes. Give your own data a name of their own.
+      data_dir: where the data are, see above; with `download` also where they go.
+      download: have TFDS download and prepare a member of the MNIST family that is not there yet.
 
     Returns:
-        A `Dataset`.
+      A `Dataset`.
 
     Raises:
-        DataError: nothing of this name is there (the message has the command that prepares it), or
-            what is there is damaged, incomplete or not of the described form.
+      DataError: nothing of this name is there (the message has the command that prepares it), or
+        what is there is damaged, incomplete or not of the described form.
 
     Reference: LeCun et al. 1998, http://yann.lecun.com/exdb/mnist; Cohen et al. 2017, EMNIST,
     https://arxiv.org/abs/1702.05373; https://www.tensorflow.org/datasets

@@ -12,15 +12,15 @@ def shift(key: jax.Array, images: jax.Array, max_pixels: int) -> jax.Array:
     y[b, r, c] = x[b, r − Δr_b, c − Δc_b], with (Δr_b, Δc_b) uniform on {−m, …, m}², m = max_pixels.
 
     Args:
-        key: a random key.
-        images: `[B, H, W, C]`, any dtype.
-        max_pixels: the farthest move along each axis, in pixels; 0 leaves the images as they are.
+      key: a random key.
+      images: `[B, H, W, C]`, any dtype.
+      max_pixels: the farthest move along each axis, in pixels; 0 leaves the images as they are.
 
     Returns:
-        Images of the same shape and dtype. How the batch is sharded does not change them.
+      Images of the same shape and dtype. How the batch is sharded does not change them.
 
     Raises:
-        ValueError: `images` has not four axes; `max_pixels` is negative or as large as the image.
+      ValueError: `images` has not four axes; `max_pixels` is negative or as large as the image.
 
     Reference: Sabour et al. 2017, §5 (up to 2 pixels), https://arxiv.org/abs/1710.09829
 

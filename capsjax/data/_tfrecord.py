@@ -21,7 +21,7 @@ def read(path: Path) -> list[bytes]:
     """The records of a file, their checksums verified.
 
     Raises:
-        DataError: the file cannot be read, is cut short, or a checksum is wrong.
+      DataError: the file cannot be read, is cut short, or a checksum is wrong.
     """
     try:
         content = path.read_bytes()
