@@ -195,7 +195,7 @@ def dense_capsules(
         rows, maps = inputs
 
         def one(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k·i] -> s [b, d]
-            weighted = c.astype(dtype)[:, None, :] * rows
+            weighted = (c[:, None, :] * rows).astype(dtype)
             return _dot(weighted.reshape(-1, k * i), w, 1)
 
         return over_classes(jax.checkpoint(one))(couplings, maps)

@@ -1,224 +1,211 @@
-"""How fast CapsNet trains and predicts here, beside the same network in PyTorch.
+"""How fast CapsNet trains and predicts on this machine's CPU, beside the same network in PyTorch.
 
-    python -m pip install -e ".[bench]"
-    python experiments/benchmark.py
-
-Every variant is a process of its own; they take turns, round by round, so that a machine that slows
-down slows all of them. Medians are what counts. Results go to benchmark.json.
+python -m pip install -e ".[bench]" && python experiments/benchmark.py
 """
 
 import dataclasses
 import json
 import os
-import resource
+import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
-import machine
+import benchmark_stages
+import benchmark_start
+from benchmark_picture import draw
+from benchmark_worker import Contender, Worker
+from pictures import write
+
+PYTORCH, CAPSJAX = "PyTorch float32", "capsjax float32"
+# PyTorch as it comes, and what was found to make it faster.
+PEERS = {
+    PYTORCH: Contender("torch", keep_memory=False),
+    "PyTorch float32, allocator set": Contender("torch"),
+    "PyTorch bfloat16, channels last, allocator set": Contender("torch", "bfloat16"),
+    "PyTorch bfloat16, compiled, allocator set": Contender("torch", "bfloat16", compiled=True),
+}
+OURS = {CAPSJAX: Contender("capsjax"), "capsjax bfloat16": Contender("capsjax", "bfloat16")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Measure the train step and the forward pass; one line a variant."""
+    """Measures train step, forward pass, stages and start; a benchmark of a few minutes.
+
+    Every contender is a process of its own. They take turns, round by round, so that a machine that
+    slows down slows all of them; medians count.
+    """
 
     batch_size: int = 128
     """Images a step."""
-    routings: int = 3
-    """Iterations of routing by agreement."""
     rounds: int = 5
-    """Turns that each variant takes."""
-    steps: int = 2
-    """Steps a turn."""
-    save_dir: Path = Path(".")
-    """Folder for benchmark.json."""
-
-
-_WORKER = "--worker"  # the first argument of a process that measures one variant
-
-Task = Callable[[int], float | None]  # steps -> the last loss, if there is one
-
-# name -> (library, dtype, keep freed memory)
-VARIANTS = {
-    "PyTorch float32": ("torch", "float32", False),
-    "PyTorch float32, allocator set": ("torch", "float32", True),
-    "PyTorch bfloat16 autocast": ("torch", "bfloat16", True),
-    "capsjax float32": ("jax", "float32", True),
-    "capsjax bfloat16": ("jax", "bfloat16", True),
-}
+    """Turns that each contender takes."""
+    steps: int = 3
+    """Steps a turn, after one that is not timed."""
+    save_dir: Path = Path("runs/benchmark")
+    """Folder for benchmark.json and benchmark.png."""
 
 
 def main() -> None:
     settings = tyro.cli(Benchmark)
-    workers = {name: start(name, settings) for name in VARIANTS}
-    results: dict[str, dict[str, Any]] = {name: {"train": [], "forward": []} for name in workers}
-    for name, worker in list(workers.items()):
-        first = ask(worker)
-        if first is None:
-            print(f"{name}: cannot run here (python -m pip install -e '.[bench]')")
-            del workers[name], results[name]
-        else:
-            results[name] |= first
-    for _ in range(settings.rounds):
-        for task in ("train", "forward"):
-            for name, worker in workers.items():
-                results[name][task].append(ask(worker, task))
-    for name, worker in workers.items():
-        results[name]["memory"] = ask(worker, "memory")
-        worker.communicate()
-    report(results, settings)
-
-
-def start(name: str, settings: Benchmark) -> subprocess.Popen:
-    sizes = (str(settings.batch_size), str(settings.routings), str(settings.steps))
-    command = [sys.executable, __file__, _WORKER, name, *sizes]
-    on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=on_cpu)
-
-
-def ask(worker: subprocess.Popen, task: str | None = None) -> Any:
-    """Has a worker do a task; None if it died."""
-    if task is not None:
-        print(task, file=worker.stdin, flush=True)
-    assert worker.stdout is not None
-    line = worker.stdout.readline()
-    return json.loads(line) if line else None
-
-
-def work(settings: Benchmark, library: str, dtype: str, keep_memory: bool) -> None:
-    """The life of a worker: builds its variant, then does what each line of its input says."""
-    if keep_memory:
-        machine.keep_freed_memory()
-    begin = time.perf_counter()
-    build = {"jax": jax_variant, "torch": torch_variant}[library]
-    tasks = build(settings, dtype)
-    losses = tasks["train"](1)
-    print(json.dumps({"loss": losses, "start": time.perf_counter() - begin}), flush=True)
-    tasks["forward"](1)
-    for line in sys.stdin:
-        task = line.strip()
-        if task == "memory":
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, flush=True)
-            continue
-        begin = time.perf_counter()
-        tasks[task](settings.steps)
-        print((time.perf_counter() - begin) / settings.steps, flush=True)
-
-
-def network(routings: int) -> Any:
-    from flax import nnx
-
-    from capsjax.nn import CapsNet
-
-    return CapsNet(routings=routings, rngs=nnx.Rngs(0))
-
-
-def images(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    from capsjax import data
-
-    mnist = data.load()
-    return mnist.x_train[:batch_size], mnist.y_train[:batch_size]
-
-
-def jax_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
-    import jax
-    import optax
-
-    from capsjax import sharding
-    from capsjax.train import Recipe, create, jit_steps
-
-    optimizer = optax.adam(1e-3)
-    graphdef, state = create(network(settings.routings), optimizer)
-    mesh = sharding.make_mesh(settings.batch_size, 1)
-    recipe = Recipe(graphdef, optimizer, lam_recon=0.392, shift_pixels=0, dtype=dtype)
-    train_step, eval_step = jit_steps(recipe, mesh)
-    x, y = (sharding.replicate(mesh, array) for array in images(settings.batch_size))
-    indices, key = np.arange(settings.batch_size, dtype=np.int32), jax.random.key(0)
-
-    def train(steps: int) -> float:
-        nonlocal state
-        for _ in range(steps):
-            state, step = train_step(state, key, x, y, indices)
-        jax.block_until_ready(state)
-        return float(step.metrics.margin + 0.392 * step.metrics.reconstruction) / len(indices)
-
-    def forward(steps: int) -> None:
-        for _ in range(steps):
-            jax.block_until_ready(eval_step(state.params, x, y, indices, indices >= 0))
-
-    return {"train": train, "forward": forward}
-
-
-def torch_variant(settings: Benchmark, dtype: str) -> dict[str, Task]:
-    import jax
-    import torch
-    from flax import nnx
-
-    import torch_capsnet
-
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(network(settings.routings))[1]))
-    net = torch_capsnet.CapsNet(params, settings.routings)
-    low = dtype == "bfloat16"
-    pixels, classes = images(settings.batch_size)
-    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-    y = torch.from_numpy(classes).long()
-    if low:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = x.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-
-    def train(steps: int) -> float:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                lengths, reconstruction = net(x, y)
-            value = torch_capsnet.loss(lengths.float(), y, x, reconstruction.float())
-            value.backward()
-            optimizer.step()
-        return value.item()
-
-    def forward(steps: int) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-            for _ in range(steps):
-                net(x)
-
-    return {"train": train, "forward": forward}
-
-
-def report(results: dict[str, dict[str, Any]], settings: Benchmark) -> None:
-    """Prints the table, and saves it."""
-    rows = []
-    for name, result in results.items():
-        row = {"variant": name, "first_loss": result["loss"], "memory_MiB": result["memory"]}
-        for task in ("train", "forward"):
-            row[f"{task}_ms"] = 1e3 * statistics.median(result[task])
-            row[f"{task}_images_per_second"] = settings.batch_size / row[f"{task}_ms"] * 1e3
-        rows.append(row)
-    print(f"{'':32}{'loss 1':>9}{'train ms':>10}{'× ':>7}{'forward ms':>12}{'× ':>7}{'MiB':>7}")
-    for row in rows:
-        ratios = [rows[0][f"{task}_ms"] / row[f"{task}_ms"] for task in ("train", "forward")]
-        print(
-            f"{row['variant']:32}{row['first_loss']:9.5f}{row['train_ms']:10.0f}{ratios[0]:6.2f}×"
-            f"{row['forward_ms']:12.0f}{ratios[1]:6.2f}×{row['memory_MiB']:7.0f}"
-        )
+    os.environ["JAX_PLATFORMS"] = "cpu"  # PyTorch's part runs there, too
+    sized = {n: dataclasses.replace(c, batch_size=settings.batch_size) for n, c in PEERS.items()}
+    ours = {n: dataclasses.replace(c, batch_size=settings.batch_size) for n, c in OURS.items()}
+    results: dict[str, Any] = {"machine": machine(), **dataclasses.asdict(settings)}
+    results["save_dir"] = str(settings.save_dir)
+    results["steps_and_forward"] = contest(sized | ours, settings)
+    show_contest(results["steps_and_forward"])
+    results["routings"] = contest(
+        {f"routings {n}": dataclasses.replace(ours[CAPSJAX], routings=n) for n in (3, 10)},
+        settings,
+        ("train",),
+    )
+    show_growth(results["routings"])
+    results["batch_sizes"] = contest(
+        {
+            str(size): dataclasses.replace(ours[CAPSJAX], batch_size=size)
+            for size in (16, 32, 64, 128, 256, 512)
+        },
+        settings,
+        ("train",),
+    )
+    show_sizes(results["batch_sizes"])
+    results["stages"] = stages(settings)
+    show_stages(results["stages"])
+    results["start"] = benchmark_start.measure()
+    compile_seconds = results["steps_and_forward"][CAPSJAX]["compile"]
+    print("\nfrom the command to the first step, experiments/mnist.py, batch 100")
+    for which, seconds in results["start"].items():
+        print(f"  {which:24}{seconds:6.1f} s")
+    print(f"  the step's compilation {compile_seconds:7.1f} s of the first start")
     settings.save_dir.mkdir(parents=True, exist_ok=True)
     path = settings.save_dir / "benchmark.json"
-    content = {"batch_size": settings.batch_size, "routings": settings.routings, "rows": rows}
-    path.write_text(json.dumps(content, indent=2))
+    path.write_text(json.dumps(results, indent=2))
+    write(draw(results["steps_and_forward"], results["stages"]), path.with_suffix(".png"))
+    print(f"\n{path}, {path.with_suffix('.png').name}")
+
+
+def machine() -> dict[str, Any]:
+    """Versions and processor; the library's are those of this environment."""
+    import jax
+
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def contest(
+    contenders: Mapping[str, Contender],
+    settings: Benchmark,
+    tasks: tuple[str, ...] = ("train", "forward"),
+) -> dict[str, dict[str, Any]]:
+    """Medians of each contender's turns; those that cannot run here are left out, and named."""
+    workers = {name: Worker(contender) for name, contender in contenders.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for name, worker in workers.items():
+        if worker.first is None:
+            print(f"{name}: cannot run here (python -m pip install -e '.[bench]')")
+        else:
+            results[name] = {"losses": worker.first, "batch": contenders[name].batch_size}
+    check_losses(results, contenders)
+    for task in tasks:
+        turns: dict[str, list[float]] = {name: [] for name in results}
+        for _ in range(settings.rounds):
+            for name in results:
+                turns[name].append(workers[name].ask(task, settings.steps))
+        for name, times in turns.items():
+            results[name][task] = statistics.median(times)
+        if task == "train":  # before the forward pass adds to it
+            for name, result in results.items():
+                result["memory"] = workers[name].ask("memory")
+    for name, result in results.items():
+        if contenders[name].library == "capsjax":
+            result["compile"] = workers[name].ask("compile")
+    for worker in workers.values():
+        worker.close()
+    return results
+
+
+def check_losses(results: Mapping[str, Any], contenders: Mapping[str, Contender]) -> None:
+    """Refuses to time what does not compute the same: losses of three steps, each from the last."""
+    for name, result in results.items():
+        same = [c for n, c in contenders.items() if n in results]
+        reference = results[next(iter(results))]["losses"]
+        tolerance = 1e-3 if contenders[name].dtype == "float32" else 2e-2
+        alike = len({(c.batch_size, c.routings) for c in same}) == 1
+        if alike and any(
+            abs(ours - theirs) > tolerance * theirs
+            for ours, theirs in zip(result["losses"], reference, strict=True)
+        ):
+            raise SystemExit(f"{name} computes something else: losses {result['losses']}")
+
+
+def stages(settings: Benchmark) -> dict[str, dict[str, float]]:
+    """Milliseconds of each stage in both libraries, with what it must cost."""
+    workers = {
+        library: Worker(Contender(library, batch_size=settings.batch_size, stages=True))
+        for library in ("capsjax", "torch")
+    }
+    costs = benchmark_stages.costs(settings.batch_size)
+    results: dict[str, dict[str, float]] = {name: cost._asdict() for name, cost in costs.items()}
+    for library, worker in workers.items():
+        for name in worker.first or ():
+            results[name][library] = statistics.median(
+                worker.ask(name, settings.steps) for _ in range(settings.rounds)
+            )
+        worker.close()
+    return results
+
+
+def show_contest(results: Mapping[str, Mapping[str, Any]]) -> None:
+    print(f"\n{'':48}{'loss':>8}{'train':>9}{'':>8}{'forward':>10}{'':>8}{'memory':>10}")
+    base = results.get(PYTORCH) or results[CAPSJAX]
+    for name, result in results.items():
+        train, forward = (base[task] / result[task] for task in ("train", "forward"))
+        print(
+            f"{name:48}{result['losses'][0]:8.5f}{1e3 * result['train']:6.0f} ms{train:7.2f}×"
+            f"{1e3 * result['forward']:7.0f} ms{forward:7.2f}×{result['memory']:6.0f} MiB"
+        )
+
+
+def show_growth(results: Mapping[str, Mapping[str, Any]]) -> None:
+    few, many = (result["train"] for result in results.values())
+    print(
+        f"\nroutings 3 -> 10: {1e3 * few:.0f} -> {1e3 * many:.0f} ms a step, {many / few - 1:+.0%}"
+    )
+
+
+def show_sizes(results: Mapping[str, Mapping[str, Any]]) -> None:
+    print("\nbatch size    " + "".join(f"{size:>8}" for size in results))
+    speeds = [result["batch"] / result["train"] for result in results.values()]
+    print("images/s      " + "".join(f"{speed:8.0f}" for speed in speeds))
+    print("of the best   " + "".join(f"{speed / max(speeds):8.0%}" for speed in speeds))
+
+
+def show_stages(results: Mapping[str, Mapping[str, float]]) -> None:
+    """A line a stage; rates count the direct algorithm, so a fast one may pass the peak."""
+    flops = results["matrix product"]["flop"] / results["matrix product"]["capsjax"]
+    bandwidth = results["copy"]["bytes"] / results["copy"]["capsjax"]
+    print(f"\npeaks: {flops / 1e9:.0f} GFLOP/s (product), {bandwidth / 1e9:.1f} GB/s (copy)")
+    print(f"{'stage':40}{'ms':>7}{'PyTorch':>9}{'GFLOP/s':>9}{'GB/s':>7}{'floors, ms':>16}")
+    for name, r in results.items():
+        if name in ("matrix product", "copy"):
+            continue
+        torch = f"{1e3 * r['torch']:9.1f}" if "torch" in r else f"{'-':>9}"
+        print(
+            f"{name:40}{1e3 * r['capsjax']:7.1f}{torch}{r['flop'] / r['capsjax'] / 1e9:9.0f}"
+            f"{r['bytes'] / r['capsjax'] / 1e9:7.1f}"
+            f"{1e3 * r['flop'] / flops:9.1f}{1e3 * r['bytes'] / bandwidth:7.1f}"
+        )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [_WORKER]:
-        name, batch_size, routings, steps = sys.argv[2:]
-        sizes = Benchmark(int(batch_size), int(routings), steps=int(steps))
-        work(sizes, *VARIANTS[name])
-    else:
-        main()
+    main()
