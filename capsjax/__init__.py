@@ -1,6 +1,6 @@
 """Capsule networks for JAX: pure functions first, thin Flax modules over them."""
 
-from capsjax import data, nn, presets
+from capsjax import data, nn, presets, weights
 from capsjax._decoder import decode, mask
 from capsjax._losses import caps_loss, margin_loss, reconstruction_loss
 from capsjax._primary import primary_capsules
@@ -35,4 +35,5 @@ __all__ = [
     "routing",
     "routing_state",
     "squash",
+    "weights",
 ]

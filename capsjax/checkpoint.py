@@ -8,20 +8,20 @@ import contextlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from capsjax._named import WeightsError, named_leaves
 from capsjax.train import TrainState
 
 
-class CheckpointError(ValueError):
-    """No sound checkpoint, or one of another network."""
+class CheckpointError(WeightsError):
+    """No sound checkpoint."""
 
 
 class Checkpoint(NamedTuple):
@@ -167,39 +167,6 @@ class _LastTwoAndBest(PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-2:], _best(self._errors)}
         return [step in kept for step in steps]
-
-
-def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str = "") -> Any:
-    """Puts arrays into a tree of the same names and shapes.
-
-    Args:
-      template: the tree, whose leaves have shapes and dtypes.
-      arrays: by their path.
-      prefix: the path of `template` itself within `arrays`, with its dot, as `params.`.
-
-    Returns:
-      A tree like `template`.
-
-    Raises:
-      CheckpointError: naming the first array that is missing, left over, or of another shape.
-    """
-    expected = dict(named_leaves(template, prefix))
-    found = {name: array for name, array in arrays.items() if name.startswith(prefix)}
-    for name in sorted(expected.keys() | found.keys()):
-        ours = list(expected[name].shape) if name in expected else "no such array"
-        theirs = list(found[name].shape) if name in found else "no such array"
-        if ours != theirs:
-            raise CheckpointError(
-                f"weights of another network: {name} is {ours} here and {theirs} there"
-            )
-    leaves = [found[name].astype(leaf.dtype) for name, leaf in expected.items()]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its path, as `params.conv1.kernel`."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield prefix + jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def _best(errors: dict[int, float]) -> int | None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 import run_folder
 import start
 from capsjax import sharding
-from capsjax.checkpoint import Checkpoints, fill
+from capsjax._named import fill
+from capsjax.checkpoint import Checkpoints
 from capsjax.train import Metrics, Report, TrainState, jit_steps
 from plan import Plan
 

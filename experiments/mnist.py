@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import machine
 import start
+from capsjax import weights
 from capsjax.checkpoint import CheckpointError
 from capsjax.presets import PRESETS, Preset
 from capsjax.train import merge
@@ -41,6 +42,8 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
             print(f"error: {error}; what was saved before is kept in {folder}", file=sys.stderr)
             raise SystemExit(1) from error
     model = merge(plan.recipe.graphdef, state.params)
+    if not settings.run.testing:
+        weights.save(model, folder / "weights.safetensors")
     data = plan.dataset
     rows = read_rows(settings.run.weights or folder if settings.run.testing else folder)
     write_pictures(folder, model, data.x_test, data.y_test, test.classes, data.class_names, rows)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import run_folder
-from capsjax.checkpoint import Checkpoint, Checkpoints, fill
+from capsjax._named import fill
+from capsjax.checkpoint import Checkpoint, Checkpoints
 from capsjax.train import TrainState
 from plan import Plan
 from settings import to_json

@@ -15,6 +15,7 @@ FUNCTIONS = {
     "squash": "(s, axis=-1)",
     "primary_capsules": ("(x, kernel, bias, *, dim, strides=2, grouping='channels', coupling=1.0)"),
     "predictions": "(u, weight)",
+    "dense_capsules": "(u, weight, routings=3, *, bias=None, stop_gradient=True)",
     "routing": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
     "routing_state": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
     "mask": "(capsules, labels=None)",
@@ -38,6 +39,7 @@ PUBLIC = {
     **{name: getattr(capsjax, name) for name in FUNCTIONS},
     **{name: getattr(capsjax.nn, name) for name in MODULES},
     "load": capsjax.data.load,
+    **{name: getattr(capsjax.weights, name) for name in ("save", "from_torch", "export")},
 }
 
 
@@ -71,8 +73,22 @@ def test_data_load_takes_a_name_and_a_folder():
     assert signature(capsjax.data.load).startswith("(name='mnist', data_dir=None")
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("save", "(model, path)"),
+        ("load", "(path)"),
+        ("from_torch", "(state_dict, *, image_shape=None, routings=3)"),
+        ("to_torch", "(model)"),
+        ("export", "(model, path, platforms=('cpu', 'cuda', 'tpu'))"),
+    ],
+)
+def test_weights_go_in_and_out_as_the_design_says(name, parameters):
+    assert signature(getattr(capsjax.weights, name)) == parameters
+
+
 def test_the_public_names_are_these_and_there():
-    names = {*FUNCTIONS, "Prediction", "RoutingState", "data", "nn", "presets"}
+    names = {*FUNCTIONS, "Prediction", "RoutingState", "data", "nn", "presets", "weights"}
     assert names <= set(capsjax.__all__)
     assert all(hasattr(capsjax, name) for name in capsjax.__all__)
     assert capsjax.__all__ == sorted(capsjax.__all__)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import tiny
-from capsjax.checkpoint import Checkpoint, CheckpointError, Checkpoints, fill, named_leaves
+from capsjax._named import WeightsError, fill, named_leaves
+from capsjax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from capsjax.sharding import make_mesh, replicate, replicated
 from capsjax.train import Metrics, TrainState
 
@@ -331,7 +332,7 @@ def test_fill_names_the_first_array_that_differs(tmp_path):
             r"params.more is no such array here and \[2, 2\] there",
         ),
     ):
-        with pytest.raises(CheckpointError, match=f"weights of another network: {message}"):
+        with pytest.raises(WeightsError, match=f"weights of another network: {message}"):
             fill(ours, arrays(theirs), "params.")
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
@@ -28,8 +29,9 @@ import loop
 import machine
 import mnist
 import run_folder
-from capsjax import train
-from capsjax.checkpoint import Checkpoints, named_leaves
+from capsjax import train, weights
+from capsjax._named import named_leaves
+from capsjax.checkpoint import Checkpoints
 from data_files import digits, gzipped, serve, write_idx
 from plan import make_plan
 from settings import parse
@@ -212,10 +214,23 @@ def test_the_progress_bar_shows_loss_accuracy_speed_and_time_left(start):
     assert re.search(r"accuracy=\d+\.\d %, loss=\d\.\d{4}", line)
 
 
-def test_the_folder_holds_settings_metrics_checkpoints_and_pictures(plain):
+def test_the_folder_holds_settings_metrics_checkpoints_weights_and_pictures(plain):
     names = {path.name for path in plain.folder.iterdir()}
-    assert names == {"config.json", "metrics.csv", "checkpoints", *PICTURES}
+    assert names == {
+        "config.json",
+        "metrics.csv",
+        "checkpoints",
+        "weights.safetensors",
+        *PICTURES,
+    }
     assert steps_in(plain.folder) == [STEPS, 2 * STEPS]
+
+
+def test_the_weights_that_a_run_leaves_are_those_of_its_last_checkpoint(plain):
+    model = weights.load(plain.folder / "weights.safetensors")
+    saved = params_of(plain.folder)
+    for name, array in named_leaves(nnx.to_pure_dict(nnx.split(model)[1]), "params."):
+        np.testing.assert_array_equal(array, saved[name])
 
 
 @pytest.mark.parametrize("name", PICTURES)
