@@ -95,17 +95,17 @@ def _vary_alike(*arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(strides, x: Array, w: Array, b: Array) -> Array:
-    y = lax.platform_dependent(
+    return lax.platform_dependent(
         x,
         w,
+        b,
         cpu=functools.partial(_matrix_conv, strides),
         default=functools.partial(_platform_conv, strides),
     )
-    return y + jnp.broadcast_to(b, y.shape)
 
 
 def _conv_fwd(strides, x, w, b):
-    return _conv(strides, x, w, b), (x, w)
+    return _conv(strides, x, w, b), (x, w, b)
 
 
 def _conv_bwd(strides, residuals, dy):
@@ -121,23 +121,22 @@ def _conv_bwd(strides, residuals, dy):
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _platform_conv(strides, x, w):
-    return lax.conv_general_dilated(
-        x, w, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+def _platform_conv(strides, x, w, b):
+    y = lax.conv_general_dilated(x, w, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + jnp.broadcast_to(b, y.shape)
 
 
-def _platform_conv_bwd(strides, x, w, dy):
-    _, adjoint = jax.vjp(functools.partial(_platform_conv, strides), x, w)
-    return *adjoint(dy), jnp.sum(dy, (0, 1, 2))
+def _platform_conv_bwd(strides, x, w, b, dy):
+    return jax.vjp(functools.partial(_platform_conv, strides), x, w, b)[1](dy)
 
 
-def _matrix_conv(strides, x, w):
+def _matrix_conv(strides, x, w, b):
     axes = _plan(x.shape[1:3], w.shape, strides, x.dtype.name)
-    return _toom_cook_conv(axes, x, w) if axes else _patches_conv(strides, x, w)
+    y = _toom_cook_conv(axes, x, w) if axes else _patches_conv(strides, x, w)
+    return (y + jnp.broadcast_to(b, y.shape)).astype(x.dtype)
 
 
-def _matrix_conv_bwd(strides, x, w, dy):
+def _matrix_conv_bwd(strides, x, w, _, dy):
     axes = _plan(x.shape[1:3], w.shape, strides, x.dtype.name)
     bwd = _toom_cook_conv_bwd if axes else _patches_conv_bwd
     # As a matrix product: XLA's sum of bfloat16 over leading axes takes ten times as long.
@@ -167,7 +166,7 @@ def _patches(strides, taps, x, at):
 
 def _patches_conv(strides, x, w):
     patches = _patches(strides, w.shape[:2], x, 3)
-    return _dot(patches, w, ((3, 4, 5), (0, 1, 2))).astype(x.dtype)
+    return _dot(patches, w, ((3, 4, 5), (0, 1, 2)))
 
 
 def _patches_conv_bwd(strides, x, w, dy):
@@ -273,7 +272,7 @@ def _gauss(a, b, c):
 def _toom_cook_conv(axes, x, w):
     X, W = _values(axes, x, w)
     y = _transform([axis.A for axis in axes], _product(X, W, 2))
-    return _join(axes, y, x.shape[0]).astype(x.dtype)
+    return _join(axes, y, x.shape[0])
 
 
 def _toom_cook_conv_bwd(axes, x, w, dy):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 from jax import export as jax_export
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from capsjax._named import WeightsError, fill, named_leaves
 from capsjax.nn import CapsNet, predict
@@ -49,7 +50,6 @@ def save(model: CapsNet, path: str | Path) -> None:
     References:
       https://github.com/huggingface/safetensors
     """
-    path = Path(path)
     arrays = _arrays(model)
     architecture = _architecture(model)
     about = {
@@ -57,11 +57,9 @@ def save(model: CapsNet, path: str | Path) -> None:
         "preset": next((n for n, p in PRESETS.items() if _is_of(architecture, p.model)), None),
         "architecture": architecture,
     }
-    part = path.with_name(path.name + ".part")
     # One entry, for several come in another order in every file.
     metadata = {"capsjax": json.dumps({**about, "crc32": _digest(arrays, about)})}
-    save_file(arrays, part, metadata)
-    part.replace(path)
+    _write(Path(path), safetensors.numpy.save(arrays, metadata))
 
 
 def load(path: str | Path) -> CapsNet:
@@ -179,8 +177,8 @@ def to_torch(model: CapsNet) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: the weights under PyTorch's names and in its order of axes.
 
     Args:
-      model: a `CapsNet` with `grouping="flat"`, two hidden layers in its decoder, no routing bias
-        and a primary coupling of 1, for the PyTorch code has nothing else.
+      model: a `CapsNet` with `grouping="flat"`, two hidden layers in its decoder, and all else as
+        in the preset `seed`, for the PyTorch code has nothing else.
 
     Returns:
       NumPy arrays; `{name: torch.from_numpy(array) for name, array in …}` is a state dict.
@@ -192,7 +190,12 @@ def to_torch(model: CapsNet) -> dict[str, np.ndarray]:
       See `from_torch`.
     """
     architecture = _architecture(model)
-    expected = {"grouping": "flat", "routing_bias": False, "primary_coupling": 1.0}
+    expected = {
+        "grouping": "flat",
+        "routing_bias": False,
+        "primary_coupling": 1.0,
+        "stop_gradient": True,
+    }
     for name, value in expected.items():
         if architecture[name] != value:
             raise WeightsError(
@@ -247,10 +250,7 @@ def export(
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.float32)
     content = jax_export.export(jax.jit(function), platforms=platforms)(images).serialize()
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    _write(Path(path), content)
 
 
 # Axes of each array of the PyTorch code.
@@ -327,7 +327,11 @@ def _build(architecture: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     sizes: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in architecture.items()
     }
-    graphdef, variables = nnx.split(nnx.eval_shape(lambda: CapsNet(**sizes, rngs=nnx.Rngs(0))))
+    try:
+        abstract = nnx.eval_shape(lambda: CapsNet(**sizes, rngs=nnx.Rngs(0)))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"no network has this architecture: {error}") from error
+    graphdef, variables = nnx.split(abstract)
     template = nnx.to_pure_dict(variables)
     params = jax.tree.map(jnp.asarray, fill(template, dict(arrays)))
     return nnx.merge(graphdef, nnx.State(params))
@@ -335,7 +339,8 @@ def _build(architecture: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
 
 def _arrays(model: CapsNet) -> dict[str, np.ndarray]:
     params = nnx.to_pure_dict(nnx.split(model)[1])
-    return {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(params)}
+    # float32 whatever the model was cast to: what a network is rebuilt with.
+    return {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in named_leaves(params)}
 
 
 def _array(value: Any) -> np.ndarray:
@@ -346,6 +351,17 @@ def _array(value: Any) -> np.ndarray:
 
 def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> int:
     crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(arrays):
-        crc = zlib.crc32(arrays[name].data, zlib.crc32(name.encode(), crc))
+    for name, array in sorted(arrays.items()):
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(array.data, crc)
     return crc
+
+
+def _write(path: Path, content: bytes | bytearray) -> None:
+    """Writes beside the file, then takes its place: a reader never sees half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -13,17 +13,15 @@ _COLORS = {"capsjax": "C0", "torch": "0.6"}
 def draw(contest: Mapping[str, Mapping[str, Any]], stages: Mapping[str, Any]) -> Figure:
     """Images a second of every contender, and milliseconds of every stage."""
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
-    (train, forward), (below, _) = figure.subplots(2, 2, height_ratios=(2, 3)).tolist()
-    gridspec = below.get_gridspec()
-    for axes in (below, _):
-        axes.remove()
-    for axes, task in ((train, "train"), (forward, "forward")):
+    panels = figure.subplot_mosaic([["train", "forward"], ["stages"] * 2], height_ratios=(2, 3))
+    for task in ("train", "forward"):
+        axes = panels[task]
         speeds = {name: r["batch"] / r[task] for name, r in contest.items()}
         colors = [_COLORS["capsjax" if n.startswith("capsjax") else "torch"] for n in speeds]
         bars(axes, list(speeds), list(speeds.values()), colors)
         axes.set_title({"train": "training", "forward": "forward pass"}[task] + ", images/s")
-    forward.set_yticklabels([])
-    per_stage(figure.add_subplot(gridspec[1, :]), stages)
+    panels["forward"].set_yticklabels([])
+    per_stage(panels["stages"], stages)
     return figure
 
 

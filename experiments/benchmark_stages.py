@@ -1,12 +1,15 @@
 """The parts of a train step, one by one, in capsjax and in PyTorch, and what they must cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+Task = Callable[[], Any]
+
 _CONV1, _CONV2 = 20 * 20 * 81 * 256, 6 * 6 * 81 * 256 * 256  # multiplications for an image
-_ROUTING = 10 * 1152 * 8 * 16  # of one sum over all predictions
+_PREDICTIONS = 10 * 1152 * 8 * 16
 _DECODER = 160 * 512 + 512 * 1024 + 1024 * 784
 _PARAMETERS = 8_215_568
 _IMAGE, _MAPS, _OUT = 28 * 28, 20 * 20 * 256, 6 * 6 * 256  # numbers of an image
@@ -29,8 +32,11 @@ def costs(batch: int) -> dict[str, Cost]:
         "conv2 forward": (_CONV2, _MAPS + _OUT, _K2),
         "conv2 image gradient": (_CONV2, _MAPS + _OUT, _K2),
         "conv2 kernel gradient": (_CONV2, _MAPS + _OUT, _K2),
-        "predictions and routing forward": (5 * _ROUTING, _OUT + 160, _W),
-        "predictions and routing with gradients": (7 * _ROUTING, 2 * (_OUT + 160), 2 * _W),
+        # û once; then three sums and two agreements over it, each 1/8 of that.
+        "predictions and routing forward": (_PREDICTIONS * 13 / 8, _OUT + 160, _W),
+        "predictions and routing with gradients": (
+            *(_PREDICTIONS * (3 + 6 / 8), 2 * (_OUT + 160), 2 * _W),
+        ),
         "decoder with gradients": (3 * _DECODER, 160 + 2 * _IMAGE, 2 * _DECODER),
         "optimiser": (0, 0, 7 * _PARAMETERS),
     }
@@ -55,28 +61,28 @@ def arrays(batch: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def capsjax_tasks(batch: int) -> dict[str, Callable[[], None]]:
+def capsjax_tasks(inputs: Mapping[str, np.ndarray], batch: int) -> dict[str, Task]:
     import jax
     import jax.numpy as jnp
     import optax
-    from flax import nnx
 
     import capsjax
-    from benchmark_worker import network
     from capsjax._conv import conv
 
-    params = nnx.to_pure_dict(nnx.split(network(3))[1])
-    conv1, conv2 = params["conv1"], params["primary"]["conv"]
-    weight, decoder = params["classes"]["weight"], list(params["decoder"].values())
-    layers = [(layer["kernel"], layer["bias"]) for layer in decoder]
+    params = {name: jnp.asarray(a) for name, a in inputs.items() if name not in ("x", "y")}
+    first = params["conv1.kernel"], params["conv1.bias"]
+    second = params["primary.conv.kernel"], params["primary.conv.bias"]
+    layers = [(params[f"decoder.{n}.kernel"], params[f"decoder.{n}.bias"]) for n in range(3)]
     x, h, dy, u, v = (jnp.asarray(array) for array in arrays(batch).values())
-    labels, optimizer = jnp.zeros(batch, int), optax.adam(1e-3)
+    conv2, capsules = partial(conv, strides=2), (u, params["classes.weight"])
+    optimizer = optax.adam(1e-3)
 
-    def second(x: Any, kernel: Any) -> Any:
-        return conv(x, kernel, conv2["bias"], strides=2)
+    def gradients(function: Callable, *numbers: int) -> Callable:
+        """Of some arguments; the output's cotangent comes as one more."""
+        return lambda *a: [jax.vjp(function, *a[:-1])[1](a[-1])[n] for n in numbers]
 
     def draw(layers: Any, v: Any) -> Any:
-        pixels = capsjax.decode(layers, capsjax.mask(v, labels)).reshape(x.shape)
+        pixels = capsjax.decode(layers, capsjax.mask(v, jnp.zeros(batch, int))).reshape(x.shape)
         return jnp.mean(capsjax.reconstruction_loss(pixels, x))
 
     def adam(gradient: Any, state: Any, params: Any) -> Any:
@@ -84,98 +90,70 @@ def capsjax_tasks(batch: int) -> dict[str, Callable[[], None]]:
         return optax.apply_updates(params, updates), state
 
     stages: dict[str, tuple[Any, ...]] = {
-        "conv1 forward": (conv, x, conv1["kernel"], conv1["bias"]),
-        "conv1 kernel gradient": (
-            lambda k, b, h: jax.vjp(lambda k, b: conv(x, k, b), k, b)[1](h),
-            *(conv1["kernel"], conv1["bias"], h),
-        ),
-        "conv2 forward": (second, h, conv2["kernel"]),
-        "conv2 image gradient": (
-            lambda h, k, dy: jax.vjp(lambda h: second(h, k), h)[1](dy),
-            *(h, conv2["kernel"], dy),
-        ),
-        "conv2 kernel gradient": (
-            lambda h, k, dy: jax.vjp(lambda k: second(h, k), k)[1](dy),
-            *(h, conv2["kernel"], dy),
-        ),
-        "predictions and routing forward": (capsjax.dense_capsules, u, weight),
+        "conv1 forward": (conv, x, *first),
+        "conv1 kernel gradient": (gradients(conv, 1, 2), x, *first, h),
+        "conv2 forward": (conv2, h, *second),
+        "conv2 image gradient": (gradients(conv2, 0), h, *second, dy),
+        "conv2 kernel gradient": (gradients(conv2, 1, 2), h, *second, dy),
+        "predictions and routing forward": (capsjax.dense_capsules, *capsules),
         "predictions and routing with gradients": (
-            lambda u, w, v: jax.vjp(capsjax.dense_capsules, u, w)[1](v),
-            *(u, weight, v),
+            *(gradients(capsjax.dense_capsules, 0, 1), *capsules, v),
         ),
         "decoder with gradients": (jax.grad(draw, (0, 1)), layers, v),
         "optimiser": (adam, params, optimizer.init(params), params),
-    }
-
-    def task(function: Any, *arguments: Any) -> Callable[[], None]:
-        compiled = jax.jit(function)
-        return lambda: jax.block_until_ready(compiled(*arguments))
-
-    peaks = {
         "matrix product": (jnp.matmul, *jnp.ones((2, _SIDE, _SIDE))),
         "copy": (jnp.negative, jnp.ones(_LENGTH)),
     }
-    return {name: task(*stage) for name, stage in (stages | peaks).items()}
+
+    def task(function: Callable, *arguments: Any) -> Task:
+        compiled = jax.jit(function)
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    return {name: task(*stage) for name, stage in stages.items()}
 
 
-def torch_tasks(batch: int) -> dict[str, Callable[[], None]]:
-    import jax
+def torch_tasks(inputs: Mapping[str, np.ndarray], batch: int) -> dict[str, Task]:
     import torch
-    from flax import nnx
     from torch.nn import functional
 
     import torch_capsnet
-    from benchmark_worker import network
 
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(network(3))[1]))
-    net = torch_capsnet.CapsNet(params)
+    net = torch_capsnet.CapsNet(inputs)
     tensors = {name: torch.from_numpy(array) for name, array in arrays(batch).items()}
     x, h, dy = (tensors[name].permute(0, 3, 1, 2).contiguous() for name in ("x", "h", "dy"))
-    u, v = tensors["u"], tensors["v"]
+    u, v = (tensors[name].requires_grad_() for name in ("u", "v"))
+    image, cotangent = h.clone().requires_grad_(), v.detach()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
-    def forward(function: Callable, *inputs: Any) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad():
-                function(*inputs)
+    def forward(function: Callable) -> Task:
+        return torch.no_grad()(function)
 
-        return run
-
-    def backward(function: Callable, wanted: Any, cotangent: Any = None) -> Callable[[], None]:
-        """The gradient alone: the graph is kept from one forward pass."""
+    def gradients(function: Callable, wanted: Any, cotangent: Any) -> Task:
+        """These alone: the graph is kept from one forward pass."""
         output = function()
         return lambda: torch.autograd.grad(output, wanted, cotangent, retain_graph=True)
 
-    def both(function: Callable, wanted: Any, cotangent: Any = None) -> Callable[[], None]:
+    def both(function: Callable, wanted: Any, cotangent: Any = None) -> Task:
         return lambda: torch.autograd.grad(function(), wanted, cotangent)
 
-    image, capsules, classes = h.clone(), u.clone(), v.clone()
-    for leaf in (image, capsules, classes):
-        leaf.requires_grad_()
-    kernel1, kernel2, bias = net.conv1.weight, net.conv2.weight, net.conv2.bias
-
     def layer() -> Any:
-        u_hat = torch.matmul(net.weight, capsules[:, None, :, :, None]).squeeze(-1)
-        return net.route(u_hat)
+        return net.route(net.predict(u))
 
     def draw() -> Any:
-        kept = classes.clone()
-        kept[:, 1:] = 0
+        kept = torch.cat([v[:, :1], torch.zeros_like(v[:, 1:])], 1)
         return functional.mse_loss(net.decoder(kept.flatten(1)), x.flatten(1))
 
     return {
-        "conv1 forward": forward(net.conv1, x),
-        "conv1 kernel gradient": backward(lambda: net.conv1(x), (kernel1, net.conv1.bias), h),
-        "conv2 forward": forward(net.conv2, h),
-        "conv2 image gradient": backward(
-            lambda: functional.conv2d(image, kernel2.detach(), bias, 2), (image,), dy
-        ),
-        "conv2 kernel gradient": backward(lambda: net.conv2(h), (kernel2,), dy),
+        "conv1 forward": forward(lambda: net.conv1(x)),
+        "conv1 kernel gradient": gradients(lambda: net.conv1(x), [*net.conv1.parameters()], h),
+        "conv2 forward": forward(lambda: net.conv2(h)),
+        "conv2 image gradient": gradients(lambda: net.conv2(image), [image], dy),
+        "conv2 kernel gradient": gradients(lambda: net.conv2(h), [*net.conv2.parameters()], dy),
         "predictions and routing forward": forward(layer),
-        "predictions and routing with gradients": both(layer, (net.weight, capsules), v),
-        "decoder with gradients": both(draw, (classes, *net.decoder.parameters())),
+        "predictions and routing with gradients": both(layer, [net.weight, u], cotangent),
+        "decoder with gradients": both(draw, [v, *net.decoder.parameters()]),
         "optimiser": optimizer.step,
     }
 

@@ -36,9 +36,11 @@ def first_step(folder: Path, name: str) -> float:
     seen = b""
     try:
         while not _MOVED.search(seen):
-            seen += os.read(ours, 4096)
+            if not (output := os.read(ours, 4096)):
+                raise EOFError
+            seen += output
         return time.perf_counter() - begin
-    except OSError as error:  # the terminal closed
+    except (EOFError, OSError) as error:  # the terminal closed
         raise SystemExit(
             f"{' '.join(command)} ended before its first step:\n{seen.decode()}"
         ) from error

@@ -1,22 +1,28 @@
 """A process that measures one thing when it is told to; `benchmark.py` starts several.
 
-Tasks come as lines of its input, results go out as lines of JSON.
+Tasks come as lines of its input, results go out as lines of JSON. Images and first parameters come
+from a file, so that a process of PyTorch does not hold JAX, too.
 """
 
 import dataclasses
+import importlib.util
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import machine
+import allocator
+
+_NOT_INSTALLED = 3  # exit status
 
 Task = Callable[[], Any]
+Inputs = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,9 @@ class Contender:
     library: str  # "capsjax" or "torch"
     dtype: str = "float32"
     keep_memory: bool = True  # the allocator's setting that experiments/mnist.py makes
+    channels_last: bool = False
     compiled: bool = False  # torch.compile
+    rewritten: bool = False  # an einsum for the predictions, a fused Adam
     batch_size: int = 128
     routings: int = 3
     stages: bool = False  # the parts of a step instead of the step
@@ -35,28 +43,47 @@ class Contender:
 class Worker:
     """A contender's process, seen from outside."""
 
-    def __init__(self, contender: Contender):
-        command = [sys.executable, __file__, json.dumps(dataclasses.asdict(contender))]
-        pipe = subprocess.PIPE
+    def __init__(self, contender: Contender, inputs: Path):
+        self._contender, pipe = contender, subprocess.PIPE
+        command = [sys.executable, __file__, json.dumps(dataclasses.asdict(contender)), str(inputs)]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.first = self._read()  # None if it could not start
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        self.first = json.loads(line) if line else None  # None if it could not start
+        if not line:
+            self.close()
+        self.installed = self._process.returncode != _NOT_INSTALLED
 
     def ask(self, task: str, repeats: int = 1) -> Any:
         """A figure, or the seconds that a task takes, the median of `repeats` after one untimed."""
-        print(json.dumps([task, repeats]), file=self._process.stdin, flush=True)
-        return self._read()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps([task, repeats]), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, ValueError) as error:
+            status = self._process.wait()
+            raise SystemExit(
+                f"{self._contender} ended in the middle of {task}, status {status}: see above"
+            ) from error
 
     def close(self) -> None:
         self._process.communicate()
 
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+
+def write_inputs(path: Path, images: int) -> None:
+    """The same images and first parameters for all."""
+    from flax import nnx
+
+    from capsjax import data
+    from capsjax._named import named_leaves
+
+    params = nnx.to_pure_dict(nnx.split(network())[1])
+    mnist = data.load()
+    arrays: dict[str, Any] = {"x": mnist.x_train[:images], "y": mnist.y_train[:images]}
+    np.savez(path, **arrays, **dict(named_leaves(params)))
 
 
-def network(routings: int) -> Any:
-    """The same first parameters for all."""
+def network(routings: int = 3) -> Any:
     from flax import nnx
 
     from capsjax.nn import CapsNet
@@ -64,14 +91,7 @@ def network(routings: int) -> Any:
     return CapsNet(routings=routings, rngs=nnx.Rngs(0))
 
 
-def images(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    from capsjax import data
-
-    mnist = data.load()
-    return mnist.x_train[:batch_size], mnist.y_train[:batch_size]
-
-
-def capsjax_tasks(contender: Contender) -> tuple[dict[str, Task], dict[str, Task]]:
+def capsjax_tasks(contender: Contender, inputs: Inputs) -> tuple[dict[str, Task], dict[str, Task]]:
     """What can be timed, and figures that it knows by itself."""
     import jax
     import optax
@@ -85,7 +105,7 @@ def capsjax_tasks(contender: Contender) -> tuple[dict[str, Task], dict[str, Task
     recipe = Recipe(graphdef, optimizer, lam_recon=0.392, shift_pixels=0, dtype=contender.dtype)
     step: Any
     step, evaluate = jit_steps(recipe, mesh)
-    x, y = (sharding.replicate(mesh, array) for array in images(contender.batch_size))
+    x, y = (sharding.replicate(mesh, inputs[n][: contender.batch_size]) for n in ("x", "y"))
     indices, key = np.arange(contender.batch_size, dtype=np.int32), jax.random.key(0)
     lowered = step.lower(state, key, x, y, indices)
     begin = time.perf_counter()
@@ -104,24 +124,20 @@ def capsjax_tasks(contender: Contender) -> tuple[dict[str, Task], dict[str, Task
     return {"train": train, "forward": forward}, {"compile": lambda: compile_seconds}
 
 
-def torch_tasks(contender: Contender) -> tuple[dict[str, Task], dict[str, Task]]:
+def torch_tasks(contender: Contender, inputs: Inputs) -> tuple[dict[str, Task], dict[str, Task]]:
     """The same of the network in PyTorch."""
-    import jax
     import torch
-    from flax import nnx
 
     import torch_capsnet
 
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(network(contender.routings))[1]))
-    net: Any = torch_capsnet.CapsNet(params, contender.routings)
+    net: Any = torch_capsnet.CapsNet(inputs, contender.routings, contender.rewritten)
     low = contender.dtype == "bfloat16"
-    pixels, classes = images(contender.batch_size)
-    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-    y = torch.from_numpy(classes).long()
-    if low:
+    pixels = inputs["x"][: contender.batch_size].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    x, y = torch.from_numpy(pixels), torch.from_numpy(inputs["y"][: contender.batch_size]).long()
+    if contender.channels_last:
         net = net.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=contender.rewritten or None)
     if contender.compiled:
         net = torch.compile(net)
 
@@ -143,17 +159,21 @@ def torch_tasks(contender: Contender) -> tuple[dict[str, Task], dict[str, Task]]
 
 def main() -> None:
     contender = Contender(**json.loads(sys.argv[1]))
+    if contender.library == "torch" and importlib.util.find_spec("torch") is None:
+        raise SystemExit(_NOT_INSTALLED)
+    with np.load(sys.argv[2]) as file:
+        inputs = dict(file)
     if contender.keep_memory:
-        machine.keep_freed_memory()
+        allocator.keep_freed_memory()
     figures: dict[str, Task] = {}
     if contender.stages:
         import benchmark_stages
 
-        tasks = benchmark_stages.TASKS[contender.library](contender.batch_size)
+        tasks = benchmark_stages.TASKS[contender.library](inputs, contender.batch_size)
         print(json.dumps(list(tasks)), flush=True)
     else:
         build = {"capsjax": capsjax_tasks, "torch": torch_tasks}[contender.library]
-        tasks, figures = build(contender)
+        tasks, figures = build(contender, inputs)
         print(json.dumps([tasks["train"]() for _ in range(3)]), flush=True)  # losses
     figures["memory"] = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB
     for line in sys.stdin:

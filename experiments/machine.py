@@ -1,13 +1,13 @@
 """What a run asks of the process and the machine before JAX starts."""
 
-import ctypes
 import logging
 import os
 import platform
-import sys
 from pathlib import Path
 
 import jax
+
+from allocator import keep_freed_memory
 
 
 def prepare() -> None:
@@ -19,18 +19,3 @@ def prepare() -> None:
         folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
     logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed: else every step's large buffers are unmapped and faulted in
-    again page by page, which takes as long as the arithmetic."""
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**28)
-    mallopt(arena_max, 1)

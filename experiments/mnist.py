@@ -38,12 +38,11 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
     else:
         try:
             state, test = runner.train(folder, state, notes)
+            weights.save(merge(plan.recipe.graphdef, state.params), folder / "weights.safetensors")
         except (Diverged, CheckpointError, OSError) as error:
             print(f"error: {error}; what was saved before is kept in {folder}", file=sys.stderr)
             raise SystemExit(1) from error
     model = merge(plan.recipe.graphdef, state.params)
-    if not settings.run.testing:
-        weights.save(model, folder / "weights.safetensors")
     data = plan.dataset
     rows = read_rows(settings.run.weights or folder if settings.run.testing else folder)
     write_pictures(folder, model, data.x_test, data.y_test, test.classes, data.class_names, rows)

@@ -3,7 +3,7 @@
 Weights are `capsjax.nn.CapsNet`'s, turned to PyTorch's axis order, so that both compute the same.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,33 +17,43 @@ def squash(s: torch.Tensor) -> torch.Tensor:
 
 
 class CapsNet(nn.Module):
-    """CapsNet on 28×28×1 images in 10 classes; capsules are groups of channels."""
+    """CapsNet on 28×28×1 images in 10 classes; capsules are groups of channels.
 
-    def __init__(self, params: dict[str, Any], routings: int = 3):
+    `rewritten` makes the predictions by an einsum; the widespread code's matmul copies the weights
+    for every image.
+    """
+
+    def __init__(
+        self, params: Mapping[str, np.ndarray], routings: int = 3, rewritten: bool = False
+    ):
         super().__init__()
-        self.routings = routings
-        conv1, conv2 = params["conv1"], params["primary"]["conv"]
+        self.routings, self.rewritten = routings, rewritten
         self.conv1, self.conv2 = nn.Conv2d(1, 256, 9), nn.Conv2d(256, 256, 9, 2)
-        for layer, ours in ((self.conv1, conv1), (self.conv2, conv2)):
-            layer.weight = _parameter(ours["kernel"].transpose(3, 2, 0, 1))
-            layer.bias = _parameter(ours["bias"])
-        self.weight = _parameter(params["classes"]["weight"])  # [j, i, d, k]
+        for layer, ours in ((self.conv1, "conv1"), (self.conv2, "primary.conv")):
+            layer.weight = _parameter(params[f"{ours}.kernel"].transpose(3, 2, 0, 1))
+            layer.bias = _parameter(params[f"{ours}.bias"])
+        self.weight = _parameter(params["classes.weight"])  # [j, i, d, k]
         layers: list[nn.Module] = []
         for number in range(3):
-            ours = params["decoder"][number]
-            dense = nn.Linear(*ours["kernel"].shape)
-            dense.weight, dense.bias = _parameter(ours["kernel"].T), _parameter(ours["bias"])
+            kernel, bias = (params[f"decoder.{number}.{name}"] for name in ("kernel", "bias"))
+            dense = nn.Linear(*kernel.shape)
+            dense.weight, dense.bias = _parameter(kernel.T), _parameter(bias)
             layers += [dense, nn.ReLU() if number < 2 else nn.Sigmoid()]
         self.decoder = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None):
         x = functional.relu(self.conv1(x))
         u = self.conv2(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8)
-        v = self.route(torch.matmul(self.weight, squash(u)[:, None, :, :, None]).squeeze(-1))
+        v = self.route(self.predict(squash(u)))
         lengths = torch.linalg.vector_norm(v, dim=-1)
         labels = lengths.argmax(-1) if y is None else y
         kept = v * functional.one_hot(labels, 10).to(v.dtype)[..., None]
         return lengths, self.decoder(kept.flatten(1)).reshape(-1, 1, 28, 28)
+
+    def predict(self, u: torch.Tensor) -> torch.Tensor:
+        if self.rewritten:
+            return torch.einsum("jidk,bik->bjid", self.weight, u)
+        return torch.matmul(self.weight, u[:, None, :, :, None]).squeeze(-1)
 
     def route(self, u_hat: torch.Tensor) -> torch.Tensor:
         detached = u_hat.detach()
