@@ -24,6 +24,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 from tqdm import tqdm
 
+import allocator
 import capsjax
 import loop
 import machine
@@ -942,10 +943,10 @@ def cache_folder():
 
 
 @pytest.fixture
-def allocator(monkeypatch):
+def c_library(monkeypatch):
     """Stands in for the C library, so that this process keeps its allocator's settings."""
     library = mock.Mock()
-    monkeypatch.setattr(machine.ctypes, "CDLL", library)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", library)
     return library
 
 
@@ -954,7 +955,7 @@ def test_main_prepares_the_machine_first():
         mnist.main(["--no-such-flag"])
 
 
-def test_compiled_code_is_kept_below_xdg_cache_home(cache_folder, allocator, tmp_path, monkeypatch):
+def test_compiled_code_is_kept_below_xdg_cache_home(cache_folder, c_library, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine.prepare()
     assert Path(cache_folder()).parent == tmp_path / "capsjax"
@@ -963,7 +964,7 @@ def test_compiled_code_is_kept_below_xdg_cache_home(cache_folder, allocator, tmp
 
 @pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
 def test_without_xdg_cache_home_compiled_code_is_kept_in_the_home_folder(
-    cache_folder, allocator, tmp_path, monkeypatch, value
+    cache_folder, c_library, tmp_path, monkeypatch, value
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -973,24 +974,24 @@ def test_without_xdg_cache_home_compiled_code_is_kept_in_the_home_folder(
     assert Path(cache_folder()).parent == tmp_path / ".cache" / "capsjax"
 
 
-def test_a_compile_cache_that_the_user_set_stays(cache_folder, allocator, tmp_path):
+def test_a_compile_cache_that_the_user_set_stays(cache_folder, c_library, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     machine.prepare()
     assert cache_folder() == str(tmp_path)
 
 
-def test_the_allocator_is_set_on_linux_only(cache_folder, allocator, monkeypatch):
-    monkeypatch.setattr(machine.sys, "platform", "linux")
+def test_the_allocator_is_set_on_linux_only(cache_folder, c_library, monkeypatch):
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
     machine.prepare()
-    assert allocator.return_value.mallopt.call_count == 4
-    allocator.reset_mock()
+    assert c_library.return_value.mallopt.call_count == 4
+    c_library.reset_mock()
     for platform in ("darwin", "win32"):
-        monkeypatch.setattr(machine.sys, "platform", platform)
+        monkeypatch.setattr(allocator.sys, "platform", platform)
         machine.prepare()
-    allocator.assert_not_called()
+    c_library.assert_not_called()
 
 
 def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     machine.prepare()
