@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors import SafetensorError, safe_open
 
+from capsjax._files import replacing
 from capsjax._named import WeightsError, fill, named_leaves
 from capsjax.nn import CapsNet, predict
 from capsjax.presets import PRESETS
@@ -59,7 +59,8 @@ def save(model: CapsNet, path: str | Path) -> None:
     }
     # One entry, for several come in another order in every file.
     metadata = {"capsjax": json.dumps({**about, "crc32": _digest(arrays, about)})}
-    _write(Path(path), safetensors.numpy.save(arrays, metadata))
+    with replacing(Path(path)) as part:
+        part.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
 def load(path: str | Path) -> CapsNet:
@@ -150,7 +151,7 @@ def from_torch(
     if image_shape is None:
         side = math.isqrt(pixels // depth)
         image_shape = side, side, depth
-    if math.prod(image_shape) != pixels or image_shape[2] != depth:
+    if math.prod(image_shape) != pixels or image_shape[2:] != (depth,):
         raise WeightsError(
             f"the decoder draws {pixels} numbers of {depth} channels, which are no image of "
             f"{image_shape}; give image_shape=(H, W, C)"
@@ -250,7 +251,8 @@ def export(
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.float32)
     content = jax_export.export(jax.jit(function), platforms=platforms)(images).serialize()
-    _write(Path(path), content)
+    with replacing(Path(path)) as part:
+        part.write_bytes(content)
 
 
 # Axes of each array of the PyTorch code.
@@ -355,13 +357,3 @@ def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> int:
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
         crc = zlib.crc32(array.data, crc)
     return crc
-
-
-def _write(path: Path, content: bytes | bytearray) -> None:
-    """Writes beside the file, then takes its place: a reader never sees half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import tyro
 import benchmark_stages
 import benchmark_start
 from benchmark_picture import draw
+from benchmark_stages import COPY, PEAKS, PRODUCT
 from benchmark_worker import Contender, Worker, write_inputs
 from pictures import write
 
@@ -46,7 +47,7 @@ SIZES = (16, 32, 64, 128, 256, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Measures train step, forward pass, stages and start; a benchmark of a few minutes.
+    """Measures train step, forward pass, stages and start, in about twelve minutes.
 
     Every contender is a process of its own. They take turns, round by round, so that a machine that
     slows down slows all of them; medians count.
@@ -165,7 +166,7 @@ def check_losses(results: Mapping[str, Any], contenders: Mapping[str, Contender]
 
 
 def stages(settings: Benchmark, inputs: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of each stage in both libraries, with what it must cost."""
+    """Seconds of each stage in both libraries, with what it must cost."""
     workers = {
         library: Worker(Contender(library, batch_size=settings.batch_size, stages=True), inputs)
         for library in ("capsjax", "torch")
@@ -210,12 +211,12 @@ def show_sizes(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def show_stages(results: Mapping[str, Mapping[str, float]]) -> None:
     """A line a stage; rates count the direct algorithm, so a fast one may pass the peak."""
-    flops = results["matrix product"]["flop"] / results["matrix product"]["capsjax"]
-    bandwidth = results["copy"]["bytes"] / results["copy"]["capsjax"]
+    flops = results[PRODUCT]["flop"] / results[PRODUCT]["capsjax"]
+    bandwidth = results[COPY]["bytes"] / results[COPY]["capsjax"]
     print(f"\npeaks: {flops / 1e9:.0f} GFLOP/s (product), {bandwidth / 1e9:.1f} GB/s (copy)")
     print(f"{'stage':40}{'ms':>7}{'PyTorch':>9}{'GFLOP/s':>9}{'GB/s':>7}{'floors, ms':>16}")
     for name, r in results.items():
-        if name in ("matrix product", "copy"):
+        if name in PEAKS:
             continue
         torch = f"{1e3 * r['torch']:9.1f}" if "torch" in r else f"{'-':>9}"
         print(

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmark_stages import PEAKS
+
 _COLORS = {"capsjax": "C0", "torch": "0.6"}
 
 
@@ -33,9 +35,7 @@ def bars(axes: Axes, names: list[str], values: list[float], colors: list[str]) -
 
 
 def per_stage(axes: Axes, stages: Mapping[str, Any]) -> None:
-    shown = {
-        name: stage for name, stage in stages.items() if name not in ("matrix product", "copy")
-    }
+    shown = {name: stage for name, stage in stages.items() if name not in PEAKS}
     places = np.arange(len(shown))
     for library, label, shift in (("capsjax", "capsjax", -0.2), ("torch", "PyTorch", 0.2)):
         times = [1e3 * stage.get(library, np.nan) for stage in shown.values()]

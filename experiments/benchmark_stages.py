@@ -14,7 +14,8 @@ _DECODER = 160 * 512 + 512 * 1024 + 1024 * 784
 _PARAMETERS = 8_215_568
 _IMAGE, _MAPS, _OUT = 28 * 28, 20 * 20 * 256, 6 * 6 * 256  # numbers of an image
 _K1, _K2, _W = 81 * 256, 81 * 256 * 256, 10 * 1152 * 16 * 8  # numbers in the weights
-_SIDE, _LENGTH = 2048, 2**26  # of what the machine's peaks are measured with
+PEAKS = PRODUCT, COPY = "matrix product", "copy"  # what the machine can do at most
+_SIDE, _LENGTH = 2048, 2**26  # of the arrays that tell
 
 
 class Cost(NamedTuple):
@@ -44,8 +45,7 @@ def costs(batch: int) -> dict[str, Cost]:
         name: Cost(2 * batch * products, 4 * (batch * each + once))
         for name, (products, each, once) in numbers.items()
     }
-    peaks = {"matrix product": Cost(2 * _SIDE**3, 0), "copy": Cost(0, 8 * _LENGTH)}
-    return stages | peaks
+    return stages | dict(zip(PEAKS, (Cost(2 * _SIDE**3, 0), Cost(0, 8 * _LENGTH)), strict=True))
 
 
 def arrays(batch: int) -> dict[str, np.ndarray]:
@@ -101,8 +101,8 @@ def capsjax_tasks(inputs: Mapping[str, np.ndarray], batch: int) -> dict[str, Tas
         ),
         "decoder with gradients": (jax.grad(draw, (0, 1)), layers, v),
         "optimiser": (adam, params, optimizer.init(params), params),
-        "matrix product": (jnp.matmul, *jnp.ones((2, _SIDE, _SIDE))),
-        "copy": (jnp.negative, jnp.ones(_LENGTH)),
+        PRODUCT: (jnp.matmul, *jnp.ones((2, _SIDE, _SIDE))),
+        COPY: (jnp.negative, jnp.ones(_LENGTH)),
     }
 
     def task(function: Callable, *arguments: Any) -> Task:

@@ -1,6 +1,5 @@
 """The pictures of a run: curves, reconstructions, perturbations, errors."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 import capsjax
 from capsjax import viz
+from capsjax._files import replacing
 
 OFFSETS = np.arange(-5, 6) * 0.05  # Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4
 RECONSTRUCTED = 50  # images, as in XifengGuo/CapsNet-Pytorch
@@ -70,9 +70,5 @@ def perturbed(model: capsjax.nn.CapsNet, image: np.ndarray, offsets: np.ndarray)
 
 def write(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG: all of it or, if interrupted, nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

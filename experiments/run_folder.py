@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import jax
 
+from capsjax._files import replacing
+
 _SPLITS = ("train", "validation", "test")
 _FIGURES = ("loss", "margin", "reconstruction", "error")
 COLUMNS = (
@@ -111,9 +113,7 @@ def _git_revision() -> str | None:
 
 def _write(path: Path, write: Callable[[TextIO], None]) -> None:
     """Writes beside the file, then takes its place: a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)

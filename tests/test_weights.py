@@ -221,7 +221,8 @@ def test_names_of_a_network_that_trained_on_several_gpus_are_taken():
 
 
 def test_a_tensor_of_pytorch_is_taken():
-    torch = pytest.importorskip("torch")
+    # The extra `bench` brings PyTorch; it is too large to install for the tests alone.
+    torch = pytest.importorskip("torch", reason="needs PyTorch, the extra bench")
     theirs = {n: torch.from_numpy(a).requires_grad_() for n, a in state_dict().items()}
     back = weights.to_torch(weights.from_torch(theirs, image_shape=(8, 10, 3)))
     np.testing.assert_array_equal(back["conv1.bias"], theirs["conv1.bias"].detach())
@@ -236,6 +237,7 @@ def test_a_tensor_of_pytorch_is_taken():
         ({"conv1.bias": np.zeros(5)}, (8, 10, 3), "conv1.bias is .4. here and .5. there"),
         ({}, (8, 8, 3), "no image of"),
         ({}, None, "give image_shape"),
+        ({}, (8, 30), "give image_shape"),
         ({}, (1, 80, 3), "no network has this architecture"),
     ],
 )
