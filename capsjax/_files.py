@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end takes the place of `path`, or else nothing does."""
+    """A path to write to: what is there at the end takes the place of `path`."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield part
