@@ -127,6 +127,9 @@ def routing_state(
     u_hat = jnp.asarray(u_hat)
     _check_routing(u_hat, routings, bias)
 
+    def plain_sum(u_hat: jax.Array) -> jax.Array:
+        return jnp.sum(u_hat, -2)  # [..., j, d]
+
     def weighted_sum(couplings: jax.Array, u_hat: jax.Array) -> jax.Array:
         return jnp.sum(couplings[..., None] * u_hat, -2)  # s [..., j, d]
 
@@ -134,6 +137,7 @@ def routing_state(
         return jnp.sum(u_hat * v[..., None, :], -1)  # û·v [..., j, i]
 
     state = _route(
+        plain_sum,
         weighted_sum,
         agreement,
         at_least_float32(u_hat),
@@ -191,6 +195,11 @@ def dense_capsules(
     maps = weight.astype(dtype).transpose(0, 2, 3, 1).reshape(j, d, k * i)
     over_classes = _as_the_platform_likes if j * i * k <= _TOGETHER else _one_by_one
 
+    def plain_sum(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, maps = inputs
+        sums = _dot(rows.reshape(-1, k * i), maps.reshape(j * d, k * i), 1)
+        return sums.reshape(-1, j, d)
+
     def weighted_sum(couplings: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, maps = inputs
 
@@ -211,6 +220,7 @@ def dense_capsules(
         return over_classes(jax.checkpoint(one))(v, maps)
 
     state = _route(
+        plain_sum,
         weighted_sum,
         agreement,
         (rows, maps),
@@ -223,6 +233,7 @@ def dense_capsules(
 
 
 def _route(
+    plain_sum: Callable[[Any], jax.Array],
     weighted_sum: Callable[[jax.Array, Any], jax.Array],
     agreement: Callable[[jax.Array, Any], jax.Array],
     inputs: Any,
@@ -234,14 +245,15 @@ def _route(
 ) -> RoutingState:
     """Procedure 1, whatever it is that the couplings of `shape` [..., j, i] weigh."""
     inner, inner_bias = lax.stop_gradient((inputs, bias)) if stop_gradient else (inputs, bias)
-    logits = jnp.zeros(shape)
-    # The first couplings are known: a softmax of zeros would be folded for seconds at compile time.
-    couplings = jnp.full(shape, 1 / shape[-2])
-    for _ in range(routings - 1):
-        v = squash(weighted_sum(couplings, inner) + inner_bias)
+    logits, couplings = jnp.zeros(shape), jnp.full(shape, 1 / shape[-2])
+    # The first couplings are all the same: a sum without weights is a third of the work.
+    s = plain_sum(inner if routings > 1 else inputs) / shape[-2]
+    for iteration in range(2, routings + 1):
+        v = squash(s + inner_bias)
         logits += agreement(v, inner)
         couplings = jax.nn.softmax(logits, -2)
-    return RoutingState(logits, couplings, squash(weighted_sum(couplings, inputs) + bias))
+        s = weighted_sum(couplings, inner if iteration < routings else inputs)
+    return RoutingState(logits, couplings, squash(s + bias))
 
 
 def _lift(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import run_folder
 import start
+from allocator import give_back_freed_memory
 from capsjax import sharding
 from capsjax._named import fill
 from capsjax.checkpoint import Checkpoints
@@ -165,6 +166,8 @@ class Runner:
                 # A state is saved only after every step that led to it was found finite.
                 while len(in_flight) > (0 if ends or due or stopped else self._in_flight):
                     self._read(in_flight.popleft(), bar)
+                if number == first + 1:  # compiled, or evaluated, before it
+                    give_back_freed_memory()
                 seconds = time.perf_counter() - begin
                 if stopped:
                     self._end(checkpoints, state, seconds, stopped)

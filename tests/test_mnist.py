@@ -984,10 +984,13 @@ def test_the_allocator_is_set_on_linux_only(cache_folder, c_library, monkeypatch
     monkeypatch.setattr(allocator.sys, "platform", "linux")
     machine.prepare()
     assert c_library.return_value.mallopt.call_count == 4
+    allocator.give_back_freed_memory()
+    c_library.return_value.malloc_trim.assert_called_once_with(0)
     c_library.reset_mock()
     for platform in ("darwin", "win32"):
         monkeypatch.setattr(allocator.sys, "platform", platform)
         machine.prepare()
+        allocator.give_back_freed_memory()
     c_library.assert_not_called()
 
 
@@ -995,3 +998,4 @@ def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
     monkeypatch.setattr(allocator.sys, "platform", "linux")
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     machine.prepare()
+    allocator.give_back_freed_memory()
