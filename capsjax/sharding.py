@@ -8,19 +8,52 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 
+# Seconds without a sign of life after which a process counts as dead, and the others end.
+_SILENCE = 30
+
+
+def connect(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run, each with its own devices; before anything else of JAX.
+
+    Args:
+      coordinator: HOST:PORT where process 0 listens, the same in every process. None, like the
+        others: found out from SLURM, Open MPI, a TPU pod or whatever else JAX knows.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      ValueError: if nothing is given and nothing can be found out.
+
+    References:
+      `jax.distributed.initialize`.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
+        )
+    except ValueError as error:
+        raise ValueError(
+            "no launcher that JAX knows (SLURM, Open MPI, a TPU pod) started this process: "
+            f"give coordinator, number of processes and process id ({error})"
+        ) from error
+
 
 def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
     """A mesh of one axis, `data`, over which the batch is split.
 
     Args:
       batch_size: examples in a batch, over all devices.
-      devices: how many to use; None: the largest number of them that divides `batch_size`.
+      devices: how many to use; None: the largest number of them that divides `batch_size`. Where
+        several processes train together, all.
 
     Returns:
       The mesh.
 
     Raises:
-      ValueError: if there are fewer devices, or their number does not divide `batch_size`.
+      ValueError: if there are fewer devices, their number does not divide `batch_size`, or a
+        process would be left without one.
 
     Example:
       >>> from capsjax.sharding import make_mesh
@@ -28,12 +61,19 @@ def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
       1
     """
     found = jax.devices()
-    if devices is None:
+    together = jax.process_count() > 1
+    if devices is None and together:
+        devices = len(found)
+    elif devices is None:
         devices = max(n for n in range(1, len(found) + 1) if batch_size % n == 0)
     if not 1 <= devices <= len(found):
         platform = found[0].platform
         remedy = f"; set JAX_NUM_CPU_DEVICES={devices} to split it" if platform == "cpu" else ""
         raise ValueError(f"{devices} devices asked for, {len(found)} found ({platform}){remedy}")
+    if together and devices < len(found):
+        raise ValueError(
+            f"{devices} devices asked for, but {len(found)} of all processes take part"
+        )
     if batch_size % devices:
         raise ValueError(f"{devices} devices do not divide a batch of {batch_size} images evenly")
     # CapsNet's reshapes join axes, which Explicit axes, the default, refuse.
@@ -69,8 +109,8 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
       >>> replicate(make_mesh(128, 1), np.zeros((60000, 28, 28, 1), np.uint8)).nbytes
       47040000
     """
-    device = mesh.devices.flat[0]
-    copies = mesh.devices.size if device.platform == "cpu" else 1  # these share the host's memory
+    device, *others = mesh.local_devices
+    copies = 1 + len(others) if device.platform == "cpu" else 1  # these share the host's memory
     memory = _memory(device)
     if array.nbytes * copies > memory:
         raise ValueError(
@@ -78,6 +118,26 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
             f"{memory / 2**30:.1f} GiB: use fewer (--train-size) or smaller images"
         )
     return jax.device_put(array, replicated(mesh))
+
+
+def place(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """Splits a batch over the devices along its first axis.
+
+    Args:
+      mesh: from `make_mesh`.
+      batch: any array of the host, the same in every process; its first axis is a multiple of
+        the number of devices.
+
+    Returns:
+      The array, of which every process holds the parts of its devices.
+
+    Example:
+      >>> import numpy as np
+      >>> from capsjax.sharding import make_mesh, place
+      >>> place(make_mesh(128, 1), np.arange(128)).shape
+      (128,)
+    """
+    return jax.make_array_from_callback(batch.shape, split(mesh), lambda part: batch[part])
 
 
 def _memory(device: jax.Device) -> int:

@@ -44,8 +44,10 @@ class Report(NamedTuple):
     """What one step says of itself, for the host to read a little later."""
 
     step: jax.Array  # int32: its number, from 1
+    pixels: jax.Array  # float32: the mean of its images, from 0 to 1
+    parameters: jax.Array  # float32 [n]: length of each array of parameters that it began with
     metrics: Metrics  # of its batch
-    gradient: jax.Array  # float32: the gradient's length
+    gradient: jax.Array  # float32 [n]: length of each array of the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     sums = jax.tree.map(jnp.add, state.sums, metrics)
     next_state = TrainState(state.step + 1, params, opt_state, sums)
-    return next_state, Report(state.step + 1, metrics, optax.tree.norm(gradient))
+    report = Report(
+        state.step + 1, jnp.mean(x), _lengths(state.params), metrics, _lengths(gradient)
+    )
+    return next_state, report
 
 
 def eval_step(
@@ -181,6 +186,11 @@ def jit_steps(recipe: Recipe, mesh: Mesh) -> tuple[Callable, Callable]:
         out_shardings=(whole, whole),
     )
     return train, evaluate
+
+
+def _lengths(params: Any) -> jax.Array:
+    """The length of each array, in the order of the tree's leaves."""
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(params)])
 
 
 def _examples(recipe, params, x, y, shown) -> tuple[Metrics, jax.Array]:

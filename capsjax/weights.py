@@ -1,5 +1,6 @@
 """One network in one file: safetensors, weights of PyTorch code, an exported function."""
 
+import io
 import json
 import math
 import zlib
@@ -63,45 +64,75 @@ def save(model: CapsNet, path: str | Path) -> None:
         part.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
-def load(path: str | Path) -> CapsNet:
-    """Reads a network that `save` wrote.
+def load(
+    path: str | Path,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    routings: int | None = None,
+) -> CapsNet:
+    """Reads a network from a file: what `save` wrote, or weights of PyTorch as `from_torch` takes.
+
+    A file of PyTorch, .pt, .pth or .pkl, is a pickle, which could hold any code: it is read by
+    `torch.load(…, weights_only=True)` and nothing else, and so needs the extra `torch`.
 
     Args:
-      path: of the file.
+      path: of the file; any other ending than those three is taken for safetensors.
+      image_shape: (H, W, C) for weights of PyTorch, which do not say; None: H = W.
+      routings: iterations of routing; None: those of the file, 3 for weights of PyTorch.
 
     Returns:
       The `CapsNet`.
 
     Raises:
-      WeightsError: if the file is of another kind, cut short, or altered.
+      WeightsError: if the file is of another kind, cut short, altered, or holds more than weights,
+        or if PyTorch is needed and not installed.
       OSError: if it cannot be read.
 
     Example:
       See `save`.
     """
+    path = Path(path)
+    entry = None
+    if path.suffix in _PICKLES:
+        arrays = _unpickle(path)
+    else:
+        entry, arrays = _read_safetensors(path)
+    if entry is not None:
+        sizes = _checked(path, entry, arrays)
+        return _build(sizes | ({"routings": routings} if routings else {}), arrays)
+    try:
+        return from_torch(arrays, image_shape=image_shape, routings=routings or 3)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{path} was not written by capsjax.weights.save, or is damaged, and as weights of "
+            f"PyTorch does not fit: {error}"
+        ) from error
+
+
+def architecture(path: str | Path) -> dict[str, Any] | None:
+    """The arguments of `CapsNet` that a file of `save` holds, read without its arrays.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Sizes and options by name, not yet checked as `load` checks them; None for any other file.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import capsjax, capsjax.weights
+      >>> net = capsjax.nn.CapsNet(channels=16, types=2, routings=5, rngs=nnx.Rngs(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     capsjax.weights.save(net, folder + "/net.safetensors")
+      ...     capsjax.weights.architecture(folder + "/net.safetensors")["routings"]
+      5
+    """
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no safetensors file, or damaged: {error}") from error
-    if "capsjax" not in metadata:
-        raise WeightsError(
-            f"{path} was not written by capsjax.weights.save, or is damaged; weights of PyTorch "
-            "go through from_torch"
-        )
-    try:
-        about = json.loads(metadata["capsjax"])
-        digest, version, architecture = (about[n] for n in ("crc32", "version", "architecture"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is damaged: its metadata cannot be read") from error
-    if digest != _digest(arrays, {n: value for n, value in about.items() if n != "crc32"}):
-        raise WeightsError(f"{path} was altered after it was written: its checksum differs")
-    if version != _VERSION:
-        raise WeightsError(
-            f"{path} is of version {version}, this capsjax reads version {_VERSION}: update capsjax"
-        )
-    return _build(architecture, arrays)
+            return json.loads((file.metadata() or {})["capsjax"])["architecture"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def from_torch(
@@ -117,8 +148,7 @@ def from_torch(
 
     Args:
       state_dict: tensors or arrays by name: `conv1.*`, `primarycaps.conv2d.*`,
-        `digitcaps.weight`, `decoder.{0,2,4}.*`. Read one from a file with
-        `torch.load(file, weights_only=True)`, which runs no code that the file may hold.
+        `digitcaps.weight`, `decoder.{0,2,4}.*`. `load` reads one from a file.
       image_shape: (H, W, C); None: H = W, as follows from the decoder.
       routings: iterations of routing; weights do not say.
 
@@ -253,6 +283,55 @@ def export(
     content = jax_export.export(jax.jit(function), platforms=platforms)(images).serialize()
     with replacing(Path(path)) as part:
         part.write_bytes(content)
+
+
+_PICKLES = (".pt", ".pth", ".pkl")
+
+
+def _read_safetensors(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
+    """What `save` wrote of the network, if it did, and the arrays."""
+    try:
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (file.metadata() or {}).get("capsjax"), arrays
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no safetensors file, or damaged: {error}") from error
+
+
+def _unpickle(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a state dict that PyTorch saved."""
+    content = io.BytesIO(path.read_bytes())
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(
+            f"{path} is a pickle, which PyTorch alone reads safely: "
+            "python -m pip install 'capsjax[torch]'"
+        ) from error
+    try:
+        tensors = torch.load(content, map_location="cpu", weights_only=True)
+        return {name: _array(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # a damaged pickle makes it raise anything
+        raise WeightsError(
+            f"{path} is refused: it is damaged, or holds more than weights by their names "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _checked(path: Path, entry: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The architecture that `save` wrote beside the arrays."""
+    try:
+        about = json.loads(entry)
+        digest, version, architecture = (about[n] for n in ("crc32", "version", "architecture"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} is damaged: its metadata cannot be read") from error
+    if digest != _digest(arrays, {n: value for n, value in about.items() if n != "crc32"}):
+        raise WeightsError(f"{path} was altered after it was written: its checksum differs")
+    if version != _VERSION:
+        raise WeightsError(
+            f"{path} is of version {version}, this capsjax reads version {_VERSION}: update capsjax"
+        )
+    return architecture
 
 
 # Axes of each array of the PyTorch code.

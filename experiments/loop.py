@@ -1,11 +1,8 @@
 """The loop of a run: epochs of steps, evaluation, checkpoints, and how it ends."""
 
-import contextlib
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,22 +14,25 @@ import run_folder
 import start
 from allocator import give_back_freed_memory
 from capsjax import sharding
-from capsjax._named import fill
+from capsjax._named import fill, named_leaves
 from capsjax.checkpoint import Checkpoints
 from capsjax.train import Metrics, Report, TrainState, jit_steps
 from plan import Plan
+from signals import StopSignals
 
 # Steps in flight on an accelerator: enough to keep it busy while the host reads results. On a CPU
-# none: they gain nothing there, a signal would wait for them, and on a mesh of CPU devices more
-# than about 16 that nobody waits for abort the process.
+# none: they gain nothing there, a signal would wait for them, and steps of several devices that
+# nobody waits for are a deadlock. Each step needs a thread for every device at once, to add up the
+# gradients; the threads of two steps can take each other's places. On one host more than about 16
+# such steps abort the process, and two processes with two devices each just hang.
 _IN_FLIGHT = 4
 
 
 class Diverged(ArithmeticError):
-    """A loss or a gradient stopped being a finite number."""
+    """Something stopped being a finite number."""
 
 
-class Stopped(Exception):
+class Stopped(SystemExit):
     """A signal came during an evaluation."""
 
 
@@ -72,7 +72,8 @@ class Runner:
         self._key = jax.random.key(plan.settings.recipe.seed)
         platform = plan.mesh.devices.flat[0].platform
         self._in_flight = 0 if platform == "cpu" else _IN_FLIGHT
-        self._stopped: list[int] = []  # signals that ask the run to end
+        self._signals = StopSignals()
+        self._names: list[str] = []  # of the arrays of parameters
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -83,34 +84,35 @@ class Runner:
         figures on the test images.
 
         Raises:
-          Diverged: at the first step with a loss or gradient that is not finite, or the end of the
-            first epoch after which a validation or test loss is not.
+          Diverged: at the first step in which something is not finite, naming what was so first,
+            or the end of the first epoch after which a validation or test loss is not.
           SystemExit: after SIGINT or SIGTERM and the checkpoint that follows it, status 128 + n.
         """
         plan, test = self.plan, None
+        self._names = [name for name, _ in named_leaves(state.params)]
         # Sums at an epoch's last step: its evaluation is still to do, so it is not done yet.
         unfinished = int(state.sums.examples) > 0
         state = jax.device_put(state, sharding.replicated(plan.mesh))
         done, epochs = (int(state.step) - unfinished) // plan.steps, plan.settings.recipe.epochs
         rows: list[dict[str, Any]] = [*run_folder.read_rows(folder)[:done]]
         seconds = notes.get("seconds", 0.0)
-        stopped = self._stopped
-        with start.checkpoints(folder) as checkpoints, stop_signals(stopped):
+        with start.checkpoints(folder) as checkpoints, self._signals:
             for epoch in range(done, epochs):
-                state, seconds = self._epoch(epoch, state, seconds, checkpoints, stopped)
+                state, seconds = self._epoch(epoch, state, seconds, checkpoints)
                 held_out = plan.validation_indices
                 try:
                     validation = self.evaluate(state.params, held_out) if len(held_out) else None
                     test = self.evaluate(state.params)
                 except Stopped:
-                    self._end(checkpoints, state, seconds, stopped)
+                    self._end(checkpoints, state, seconds)
                 for split, figures in (("validation", validation), ("test", test)):
                     if figures is not None:
-                        _require_finite(state.step, figures, f"{split} ")
+                        _require_finite_losses(state.step, figures, f"{split} ")
                 rows.append(self._row(epoch, state, validation, test, seconds))
                 # The row before its checkpoint: a run killed between them does the end of the
                 # epoch again, and its row; the other way round the row would be lost.
-                run_folder.write_rows(folder, rows)
+                if jax.process_index() == 0:
+                    run_folder.write_rows(folder, rows)
                 # Placed like the rest of the state: the next epoch runs the same compiled step.
                 zeros = jax.device_put(Metrics.zeros(), sharding.replicated(plan.mesh))
                 state, seconds = state._replace(sums=zeros), 0.0
@@ -122,8 +124,8 @@ class Runner:
                 best = checkpoints.best()
                 print(f"best on the validation images: epoch {best.step // plan.steps}")
                 state, test = fill(state, best.arrays), None
-        if stopped:  # after the last evaluation: all is saved, and --resume prints the result
-            raise SystemExit(128 + stopped[0])
+        if self._signals.stop():  # after the last evaluation: --resume tells the result
+            raise SystemExit(self._signals.status)
         return state, test or self.evaluate(state.params)
 
     def evaluate(self, params: Any, train_indices: np.ndarray | None = None) -> Figures:
@@ -137,9 +139,10 @@ class Runner:
         params = jax.device_put(params, sharding.replicated(self.plan.mesh))
         results = []
         for batch, counted in zip(batches, counts, strict=True):
-            if self._stopped:
-                raise Stopped
-            results.append(self._evaluate(params, images, labels, batch, counted))
+            if self._signals.stop():
+                raise Stopped(self._signals.status)
+            placed = (sharding.place(self.plan.mesh, array) for array in (batch, counted))
+            results.append(self._evaluate(params, images, labels, *placed))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
         metrics, classes = zip(*jax.device_get(results), strict=True)
         sums = Metrics(*(sum(values) for values in zip(*metrics, strict=True)))
@@ -151,7 +154,6 @@ class Runner:
         state: TrainState,
         seconds: float,
         checkpoints: Checkpoints,
-        stopped: list[int],
     ) -> tuple[TrainState, float]:
         """Does the steps that are left of an epoch; `seconds` are the epoch's so far."""
         plan, every = self.plan, self.plan.settings.run.checkpoint_steps
@@ -160,42 +162,56 @@ class Runner:
         begin = time.perf_counter() - seconds
         with self._bar(epoch, first) as bar:
             for number, batch in enumerate(plan.epoch_order(epoch)[first:], first + 1):
+                batch = sharding.place(plan.mesh, batch)
                 state, report = self._train(state, self._key, *self._train_set, batch)
                 in_flight.append(report)
+                if len(in_flight) > self._in_flight:
+                    self._read(in_flight.popleft(), bar)
                 ends, due = number == plan.steps, number % every == 0
+                stop = self._signals.stop(epoch * plan.steps + number)
                 # A state is saved only after every step that led to it was found finite.
-                while len(in_flight) > (0 if ends or due or stopped else self._in_flight):
+                while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
                 if number == first + 1:  # compiled, or evaluated, before it
                     give_back_freed_memory()
                 seconds = time.perf_counter() - begin
-                if stopped:
-                    self._end(checkpoints, state, seconds, stopped)
+                if stop:
+                    self._end(checkpoints, state, seconds)
                 if due and not ends:
                     checkpoints.save(state, {"seconds": seconds})
         return state, seconds
 
-    def _end(
-        self, checkpoints: Checkpoints, state: TrainState, seconds: float, stopped: list[int]
-    ) -> NoReturn:
+    def _end(self, checkpoints: Checkpoints, state: TrainState, seconds: float) -> NoReturn:
         """Ends the run after a signal, with a checkpoint."""
         checkpoints.save(state, {"seconds": seconds})
         checkpoints.wait()
-        raise SystemExit(128 + stopped[0])
+        raise SystemExit(self._signals.status)
 
     def _read(self, report: Report, bar: tqdm) -> None:
         """Shows a step's figures, or stops the run over them."""
         report = jax.device_get(report)
         figures = Figures.of(report.metrics, np.empty(0))
-        _require_finite(report.step, figures)
-        if not math.isfinite(report.gradient):
-            raise Diverged(f"step {report.step}: the gradient is {report.gradient}")
+        self._require_finite(report, figures)
         bar.set_postfix(
             loss=f"{figures.loss(self.plan.recipe.lam_recon):.4f}",
             accuracy=f"{100 - figures.error:.1f} %",
             refresh=False,
         )
         bar.update(figures.examples)
+
+    def _require_finite(self, report: Report, figures: Figures) -> None:
+        """Looks at what a step computed in the order in which it did."""
+        if not math.isfinite(report.pixels):
+            raise Diverged(f"step {report.step}: the mean of its pixels is {report.pixels}")
+        self._require_finite_arrays(report.step, "parameters", report.parameters)
+        _require_finite_losses(report.step, figures)
+        self._require_finite_arrays(report.step, "gradient of", report.gradient)
+
+    def _require_finite_arrays(self, step: Any, kind: str, lengths: np.ndarray) -> None:
+        """Names all of a kind that are not finite, for they come in no order."""
+        bad = [name for name, n in zip(self._names, lengths, strict=True) if not math.isfinite(n)]
+        if bad:
+            raise Diverged(f"step {step}: not finite: {kind} {', '.join(bad)}")
 
     def _bar(self, epoch: int, first: int) -> tqdm:
         size = self.plan.settings.recipe.batch_size
@@ -205,7 +221,7 @@ class Runner:
             initial=first * size,
             unit=" images",
             leave=False,
-            disable=None,  # no bar where nobody watches
+            disable=True if jax.process_index() else None,  # no bar where nobody watches
             bar_format="{desc} {percentage:3.0f}% {bar} {rate_fmt}, {remaining} left{postfix}",
         )
 
@@ -239,26 +255,7 @@ class Runner:
         return sharding.replicate(mesh, images), sharding.replicate(mesh, labels)
 
 
-@contextlib.contextmanager
-def stop_signals(received: list[int]) -> Iterator[None]:
-    """Collects SIGINT and SIGTERM, so that the step under way ends; a second one ends at once."""
-
-    def receive(number: int, frame: object) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: ends after this step, with a checkpoint")
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _require_finite(step: Any, figures: Figures, split: str = "") -> None:
+def _require_finite_losses(step: Any, figures: Figures, split: str = "") -> None:
     for quantity in ("margin", "reconstruction"):
         loss = getattr(figures, quantity)
         if not math.isfinite(loss):

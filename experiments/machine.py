@@ -18,4 +18,4 @@ def prepare() -> None:
         # Compiled code fits one kind of processor, and home folders are shared between machines.
         folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are raised, too, and said once

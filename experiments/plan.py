@@ -3,6 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from capsjax import data, sharding
+from capsjax import data, sharding, weights
 from capsjax.nn import CapsNet
 from capsjax.presets import Preset
 from capsjax.train import Recipe, TrainState, create
@@ -103,8 +104,13 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
         )
         return create(model, optimizer)
 
-    graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
-    print(f"network   {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters")
+    file = settings.run.network
+    if file is None:
+        graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
+    else:
+        graphdef, state = create(_read(file, dataset, recipe.routings), optimizer)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"network   {size:,} parameters" + (f" of {file}" if file else ""))
     static = Recipe(graphdef, optimizer, lam_recon, recipe.shift_pixels, recipe.precision)
     plan = Plan(
         dataclasses.replace(settings, recipe=recipe),
@@ -117,6 +123,21 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
         steps,
     )
     return plan, state
+
+
+def _read(file: Path, dataset: data.Dataset, routings: int) -> CapsNet:
+    """The network of a file, if it is one for these images."""
+    model = weights.load(file, image_shape=dataset.image_shape, routings=routings)
+    theirs, ours = (
+        (model.image_shape, model.classes.weight.shape[0]),
+        (dataset.image_shape, len(dataset.class_names)),
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"the network of {file} takes images {list(theirs[0])} in {theirs[1]} classes; these "
+            f"are {list(ours[0])} in {ours[1]}"
+        )
+    return model
 
 
 def _split(total: int, images: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """The folder of a run: config.json, written first, and metrics.csv, a row an epoch."""
 
+import contextlib
 import csv
 import datetime
 import importlib.metadata
@@ -7,14 +8,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
+from filelock import FileLock, Timeout
+from jax.experimental import multihost_utils
 
 from capsjax._files import replacing
 
+START = "start.safetensors"  # the weights that a run began with, if it was given some
 _SPLITS = ("train", "validation", "test")
 _FIGURES = ("loss", "margin", "reconstruction", "error")
 COLUMNS = (
@@ -24,27 +30,51 @@ COLUMNS = (
 )
 
 
-def create(folder: Path | None, dataset: str) -> Path:
-    """Makes the folder of a new run; None names it after the data set and the time.
+def named_after(dataset: str) -> Path:
+    """The folder of a run that was given no name: called after the data set and the time."""
+    # Of several processes each has its own clock.
+    seconds = multihost_utils.broadcast_one_to_all(np.uint32(time.time()))
+    moment = datetime.datetime.fromtimestamp(int(seconds)).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{dataset.replace('/', '-')}-{moment}"
+
+
+def create(folder: Path) -> None:
+    """Makes the folder of a new run.
 
     Raises:
-      ValueError: if it holds a run already, is a file, or cannot be made.
+      ValueError: if it is a file, or cannot be made.
     """
-    if folder is None:
-        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{dataset.replace('/', '-')}-{time}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise ValueError(f"--save-dir {folder} is a file; name a folder") from error
     except OSError as error:
         raise ValueError(f"--save-dir {folder} cannot be made: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder; the kernel lets go of it however this one ends.
+
+    Raises:
+      ValueError: if a living process is in it.
+    """
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is in use by another process: wait for its end, or name another folder"
+        ) from error
+
+
+def refuse_a_run(folder: Path) -> None:
+    """Raises ValueError if the folder holds a run already."""
     if (folder / "config.json").exists():
         raise ValueError(
             f"{folder} holds a run already: go on with it (--resume {folder}) or name another "
             "folder (--save-dir)"
         )
-    return folder
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 import run_folder
+from capsjax import weights
 from capsjax.presets import SEED, Preset
 
 PresetName = Literal["seed", "paper"]
@@ -86,19 +87,58 @@ class Run:
     resume: Path | None = None
     """Folder of a run to go on with, with its settings; only --epochs may change, to more."""
     weights: Path | None = None
-    """Folder of a run whose weights to start from, or to test."""
+    """Weights to start from, or to test: folder of a run, or a file (safetensors, or .pt, .pkl of
+    the widespread PyTorch code)."""
     testing: bool = False
-    """Test --weights and draw its pictures again, with that run's settings; no training."""
+    """Test --weights and draw its pictures, a run's with that run's settings; no training."""
+
+    @property
+    def network(self) -> Path | None:
+        """The file that says which network it is; None: preset and images say it."""
+        given = self.resume or self.weights
+        if given is None or given.is_file():
+            return given
+        begun_with = given / run_folder.START
+        return begun_with if begun_with.is_file() else None
 
     def __post_init__(self):
         _require(self.checkpoint_steps >= 1, "checkpoint_steps", "1 or more", self.checkpoint_steps)
         _require(self.devices is None or self.devices >= 1, "devices", "1 or more", self.devices)
         if self.testing and self.weights is None:
-            raise ValueError("--testing needs --weights RUN: the folder of a trained run")
+            raise ValueError("--testing needs --weights: the folder of a trained run, or a file")
         if self.resume is not None and (self.testing or self.weights is not None):
             raise ValueError(
                 "--resume goes on with a run's own weights: no --weights, no --testing"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The same command on each of several hosts trains one network on the devices of all. They need
+    the same images and one folder that all can write."""
+
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens to the others."""
+    num_processes: int | None = None
+    """How many processes take part."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    distributed: bool = False
+    """Take these three from the launcher: SLURM, Open MPI, a TPU pod."""
+
+    def __post_init__(self):
+        match self.coordinator, self.num_processes, self.process_id:
+            case None, None, None:
+                return
+            case str(coordinator), int(n), int(i):
+                _, _, port = coordinator.rpartition(":")
+                _require(port.isdecimal(), "coordinator", "HOST:PORT", coordinator)
+                _require(n >= 1, "num_processes", "1 or more", n)
+                _require(0 <= i < n, "process_id", f"from 0 to {n - 1}", i)
+            case _:
+                raise ValueError("--coordinator, --num-processes and --process-id go together")
+        if self.distributed:
+            raise ValueError("--distributed finds out what --coordinator and the others would say")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +148,7 @@ class Settings:
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     images: Images = dataclasses.field(default_factory=Images)
     run: Run = dataclasses.field(default_factory=Run)
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +190,12 @@ def refusals() -> Iterator[None]:
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON holds them: paths as strings, whatever folder a run is resumed from."""
+    """Settings as JSON holds them: paths as strings, whatever folder a run is resumed from.
+
+    How many processes there are is left out: a run may go on with another number.
+    """
     groups = dataclasses.asdict(settings)
+    del groups["processes"]
     return {
         group: {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in fields.items()}
         for group, fields in groups.items()
@@ -158,7 +203,7 @@ def to_json(settings: Settings) -> dict[str, Any]:
 
 
 def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`, for one process."""
 
     def read(kind: type, fields: Mapping[str, Any]) -> Any:
         paths = {field.name for field in dataclasses.fields(kind) if field.type == Path | None}
@@ -175,12 +220,14 @@ def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
         saved = _saved(source.resume)
         run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
         return dataclasses.replace(saved, run=run)
-    if source.testing and source.weights is not None:
+    if source.testing and source.weights is not None and not source.weights.is_file():
         saved = _saved(source.weights)
         return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
     preset = presets[source.preset]
+    file = source.weights if source.weights and source.weights.is_file() else None
     recipe = Recipe(
         preset=source.preset,
+        routings=((weights.architecture(file) if file else None) or {}).get("routings", 3),
         epochs=preset.epochs,
         batch_size=preset.batch_size,
         lr=preset.lr,
@@ -201,8 +248,8 @@ def _saved(folder: Path) -> Settings:
 
 
 def _refuse_changes(settings: Settings, saved: Settings) -> None:
-    for group in dataclasses.fields(Settings):
-        now, then = getattr(settings, group.name), getattr(saved, group.name)
+    for group in ("recipe", "images", "run"):
+        now, then = getattr(settings, group), getattr(saved, group)
         for name in (field.name for field in dataclasses.fields(now)):
             ours, theirs = getattr(now, name), getattr(then, name)
             if ours != theirs and not (name == "epochs" and ours > theirs):

@@ -1,43 +1,63 @@
 """Where a run starts: in a new folder, from another run's weights, or where it stopped."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 import run_folder
+from capsjax import weights
 from capsjax._named import fill
 from capsjax.checkpoint import Checkpoint, Checkpoints
-from capsjax.train import TrainState
+from capsjax.train import TrainState, merge
 from plan import Plan
 from settings import to_json
 
 
-def open_run(plan: Plan, state: TrainState) -> tuple[Path, TrainState, dict[str, Any]]:
-    """Finds or makes the folder of the run.
+def open_run(
+    plan: Plan, state: TrainState, held: contextlib.ExitStack
+) -> tuple[Path, TrainState, dict[str, Any]]:
+    """Finds or makes the folder of the run, and keeps other processes out of it.
 
-    Returns the folder, the state to start from, and the notes of the checkpoint it came from.
+    Of several processes that train together, the first writes.
+
+    Args:
+      plan: of the run.
+      state: its first values, or those of the file it starts from.
+      held: until it is left, no other process gets into the folder.
+
+    Returns:
+      The folder, the state to start from, and the notes of the checkpoint it came from.
 
     Raises:
-      ValueError: in words, if there is no such run, its network is another one, or the new folder
-        holds a run already.
+      ValueError: in words, if there is no such run, its network is another one, the new folder
+        holds a run already, or another process is in it.
       OSError: if the folder cannot be written.
     """
-    run = plan.settings.run
-    if run.resume is not None:
-        return _resume(run.resume, plan, state)
-    if run.weights is not None:
+    run, first = plan.settings.run, jax.process_index() == 0
+    notes: dict[str, Any] = {}
+    if run.weights is not None and not run.weights.is_file():
         state = _load_weights(run.weights, state)
-    if run.testing and run.save_dir is None and run.weights is not None:
-        return run.weights, state, {}
-    folder = run_folder.create(run.save_dir, plan.settings.images.dataset)
-    if not run.testing:
-        config = {
-            "settings": to_json(plan.settings),
-            **run_folder.provenance(),
-            "data": {"source": plan.dataset.source, "crc32": plan.fingerprint()},
-            "steps_per_epoch": plan.steps,
-        }
-        run_folder.write_config(folder, config)
-    return folder, state, {}
+    again = run.resume or (run.weights if run.testing and run.save_dir is None else None)
+    if again is not None and not again.is_file():
+        run_folder.read_config(again)
+        folder = again
+    else:
+        folder = run.save_dir or run_folder.named_after(plan.settings.images.dataset)
+        if first:
+            run_folder.create(folder)
+    if first:
+        held.enter_context(run_folder.held(folder))
+    if run.resume is not None:
+        state, notes = _resume(folder, plan, state)
+    elif first and folder != again:
+        run_folder.refuse_a_run(folder)
+        if not run.testing:
+            _begin(folder, plan, state)
+    multihost_utils.sync_global_devices("the folder is ready")
+    return folder, state, notes
 
 
 def checkpoints(folder: Path) -> Checkpoints:
@@ -45,24 +65,34 @@ def checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints")
 
 
-def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[Path, TrainState, dict[str, Any]]:
+def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
+    """Writes what a new run is; config.json last, for with it the folder is a run."""
+    if plan.settings.run.weights is not None:
+        weights.save(merge(plan.recipe.graphdef, state.params), folder / run_folder.START)
+    config = {
+        "settings": to_json(plan.settings),
+        **run_folder.provenance(),
+        "data": {"source": plan.dataset.source, "crc32": plan.fingerprint()},
+        "steps_per_epoch": plan.steps,
+    }
+    run_folder.write_config(folder, config)
+
+
+def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     config = run_folder.read_config(folder)
     if config["data"]["crc32"] != plan.fingerprint():
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
     with checkpoints(folder) as saved:
         checkpoint = saved.last()
-    epochs, weights = plan.settings.recipe.epochs, config["settings"]["run"]["weights"]
-    notes = {}
+    epochs, notes = plan.settings.recipe.epochs, {}
     if checkpoint is not None:
         _report(checkpoint)
         print(f"resume    step {checkpoint.step} of {epochs * plan.steps}")
         state, notes = fill(state, checkpoint.arrays), checkpoint.notes
-    elif weights is not None:
-        state = _load_weights(Path(weights), state)
-    if config["settings"]["recipe"]["epochs"] != epochs:
+    if config["settings"]["recipe"]["epochs"] != epochs and jax.process_index() == 0:
         config["settings"]["recipe"]["epochs"] = epochs
         run_folder.write_config(folder, config)
-    return folder, state, notes
+    return state, notes
 
 
 def _report(checkpoint: Checkpoint) -> None:

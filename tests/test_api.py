@@ -77,7 +77,7 @@ def test_data_load_takes_a_name_and_a_folder():
     ("name", "parameters"),
     [
         ("save", "(model, path)"),
-        ("load", "(path)"),
+        ("load", "(path, *, image_shape=None, routings=None)"),
         ("from_torch", "(state_dict, *, image_shape=None, routings=3)"),
         ("to_torch", "(model)"),
         ("export", "(model, path, platforms=('cpu', 'cuda', 'tpu'))"),

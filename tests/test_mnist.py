@@ -6,21 +6,27 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from safetensors.numpy import save_file
 from tensorflow_datasets.image_classification import mnist as stock
 from tqdm import tqdm
 
@@ -218,6 +224,7 @@ def test_the_progress_bar_shows_loss_accuracy_speed_and_time_left(start):
 def test_the_folder_holds_settings_metrics_checkpoints_weights_and_pictures(plain):
     names = {path.name for path in plain.folder.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "metrics.csv",
         "checkpoints",
@@ -290,7 +297,7 @@ def test_config_json_is_written_before_the_first_step(start, tmp_path):
 
     with after_step(1, look), pytest.raises(MemoryError):
         start()
-    assert seen == ["checkpoints", "config.json"]
+    assert seen == [".lock", "checkpoints", "config.json"]
 
 
 def test_metrics_csv_holds_a_row_an_epoch_and_every_figure(trained):
@@ -439,11 +446,9 @@ def test_data_dir_and_dataset_choose_the_images_and_name_the_default_folder(
     assert same_bits(params_of(same.folder), params_of(plain.folder))
 
 
-def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = run_folder.create(None, "emnist/letters")
+def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own():
+    folder = run_folder.named_after("emnist/letters")
     assert re.fullmatch(r"runs/emnist-letters-\d{8}-\d{6}", str(folder))
-    assert folder.is_dir()
 
 
 def test_download_fetches_what_is_not_there(start, tmp_path, monkeypatch):
@@ -526,7 +531,7 @@ def test_testing_into_another_folder_leaves_the_run_alone(plain, tmp_path):
     before = tree(plain.folder)
     ended = experiment(testing=True, weights=plain.folder, save_dir=tmp_path / "new", pictures=True)
     assert ended.status == 0
-    assert {path.name for path in (tmp_path / "new").iterdir()} == set(PICTURES)
+    assert {*tree(tmp_path / "new")} == {*PICTURES, ".lock"}
     assert tree(plain.folder) == before
 
 
@@ -534,6 +539,83 @@ def test_testing_takes_the_settings_of_the_run(trained):
     folder = trained(preset="paper").folder
     ended = experiment(testing=True, weights=folder)
     assert ended.out.splitlines()[-1] == trained(preset="paper").out.splitlines()[-1]
+
+
+def torch_file(folder: Path) -> Path:
+    """Weights of a network on the tiny images, as the PyTorch code names them."""
+    rng = np.random.default_rng(0)
+    sizes = {"channels": 4, "kernel_size": 3, "types": 2, "dim_class": 4, "hidden": (8, 6)}
+    net = capsjax.nn.CapsNet((10, 10, 1), 10, grouping="flat", **sizes, rngs=nnx.Rngs(0))
+    theirs = {n: rng.normal(0, 0.3, a.shape).astype("f4") for n, a in weights.to_torch(net).items()}
+    save_file(theirs, folder / "torch.safetensors")
+    return folder / "torch.safetensors"
+
+
+def test_the_file_that_a_run_leaves_is_tested_as_the_run_is(plain, base, tmp_path):
+    file = tmp_path / "net.safetensors"
+    shutil.copy(plain.folder / "weights.safetensors", file)
+    flags = {"data_dir": base["data_dir"], "save_dir": tmp_path / "tested"}
+    ended = experiment(testing=True, weights=file, pictures=True, **flags)
+    assert ended.status == 0, ended.err
+    assert f"of {file}\n" in ended.out
+    assert ended.out.splitlines()[-1] == plain.out.splitlines()[-1]
+    assert {*tree(tmp_path / "tested")} == {*PICTURES[1:], ".lock"}
+
+
+def test_a_file_brings_its_iterations_of_routing_unless_others_are_asked_for(trained, base):
+    file = trained(routings=2).folder / "weights.safetensors"
+    expected = trained(routings=2).out.splitlines()[-1]
+    for asked, same in ((None, True), (2, True), (1, False)):
+        with tempfile.TemporaryDirectory() as folder:
+            ended = experiment(
+                testing=True,
+                weights=file,
+                routings=asked,
+                data_dir=base["data_dir"],
+                save_dir=folder,
+            )
+        assert ended.drawn[0].classes.routings == (asked or 2)
+        assert not same or ended.out.splitlines()[-1] == expected
+
+
+def test_training_goes_on_from_a_file_of_pytorch_and_keeps_it(start, tmp_path):
+    file = torch_file(tmp_path)
+    theirs = weights.load(file)
+    with after_step(STEPS + 2, killed), pytest.raises(MemoryError):
+        start(weights=file, checkpoint_steps=2)
+    file.unlink()
+    resumed = experiment(resume=tmp_path / "run")
+    assert resumed.status == 0, resumed.err
+    assert resumed.drawn[0].primary.grouping == "flat"
+    kept = weights.load(tmp_path / "run" / "start.safetensors")
+    chex.assert_trees_all_equal(nnx.split(kept)[1], nnx.split(theirs)[1])
+    tested = experiment(testing=True, weights=tmp_path / "run")
+    assert tested.out.splitlines()[-1] == resumed.out.splitlines()[-1]
+    # Also the next run knows what network it is.
+    again = start("again", weights=tmp_path / "run", epochs=1)
+    assert again.drawn[0].primary.grouping == "flat"
+
+
+def test_training_starts_where_a_file_of_pytorch_ends(start, tmp_path):
+    ended = start(weights=torch_file(tmp_path), epochs=1, lr=1e-12)
+    expected = weights.to_torch(weights.load(tmp_path / "torch.safetensors"))
+    for name, array in weights.to_torch(ended.drawn[0]).items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [((8, 8, 1), "takes images [8, 8, 1] in 10 classes"), ((10, 10, 1), "in 3 classes; these are")],
+)
+def test_a_file_of_a_network_for_other_images_is_refused(start, tmp_path, size, words):
+    sizes = {"channels": 4, "kernel_size": 3, "types": 2}
+    classes = 10 if size[0] == 8 else 3
+    net = capsjax.nn.CapsNet(size, classes, **sizes, rngs=nnx.Rngs(0))
+    weights.save(net, tmp_path / "net.safetensors")
+    ended = start(weights=tmp_path / "net.safetensors")
+    assert ended.status == 2
+    assert words in ended.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_where_training_starts(start, plain):
@@ -813,7 +895,7 @@ TALL = {
         ),
         (retrained_on_other_images, ["was trained on other images than"]),
         (lambda folder: {"resume": folder, "weights": folder}, ["--resume", "no --weights"]),
-        (lambda folder: {"resume": folder, "testing": True}, ["--testing needs --weights RUN"]),
+        (lambda folder: {"resume": folder, "testing": True}, ["--testing needs --weights"]),
         (lambda folder: {"resume": folder / "checkpoints"}, ["holds no run", "config.json"]),
         (lambda folder: {"resume": folder / "none"}, ["holds no run", "config.json"]),
         (lambda folder: {"resume": folder / "config.json"}, ["holds no run"]),
@@ -877,35 +959,109 @@ def test_images_too_large_for_the_devices_are_refused_before_anything_is_written
     assert tree(tmp_path) == before
 
 
+def test_a_folder_in_use_by_a_living_process_is_refused_until_it_dies(start, plain, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(plain.folder, copied)
+    hold = "import run_folder, sys\nfrom pathlib import Path\n"
+    hold += "with run_folder.held(Path(sys.argv[1])):\n print('held', flush=True)\n input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, copied],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        before = tree(copied)
+        for flags in (
+            {"resume": copied, "epochs": 3},
+            {"weights": copied, "testing": True},
+            {"save_dir": copied, "data_dir": tmp_path / "tiny.npz"},
+        ):
+            write_images(tmp_path / "tiny.npz")
+            ended = experiment(**flags)
+            assert ended.status == 2
+            assert f"{copied} is in use by another process" in ended.err
+        assert tree(copied) == before
+        process.kill()
+        process.wait()
+    assert experiment(resume=copied, epochs=3).status == 0
+    assert experiment(resume=copied, epochs=4).status == 0  # and it lets go when it ends
+
+
 # How it stops.
 
 
+def spoiled_step(number, spoil):
+    """Steps whose `number`-th, and only that, gets its state and images from `spoil`."""
+    jit_steps = loop.jit_steps
+
+    def spoiled(recipe, mesh):
+        train, evaluate = jit_steps(recipe, mesh)
+
+        def step(state, key, images, labels, batch):
+            if state.step + 1 == number:
+                state, images = spoil(state, images, batch)
+            return train(state, key, images, labels, batch)
+
+        return step, evaluate
+
+    return mock.patch.object(loop, "jit_steps", spoiled)
+
+
+def nan_in_a_parameter(state, images, batch):
+    bias = state.params["primary"]["conv"]["bias"].at[3].set(jnp.nan)
+    conv = state.params["primary"]["conv"] | {"bias": bias}
+    return state._replace(params=state.params | {"primary": {"conv": conv}}), images
+
+
+def nan_in_an_image(state, images, batch):
+    return state, images.astype(jnp.float32).at[batch[0], 5, 5].set(jnp.nan)
+
+
 @pytest.mark.parametrize(
-    ("quantity", "value"),
-    [("margin loss", np.nan), ("reconstruction loss", np.inf), ("gradient", np.nan)],
+    ("spoil", "words"),
+    [
+        (nan_in_a_parameter, "not finite: parameters primary.conv.bias;"),
+        (nan_in_an_image, "the mean of its pixels is nan;"),
+    ],
+    ids=["parameter", "image"],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(
-    start, quantity, value
-):
+def test_a_nan_stops_the_run_where_it_came_in_and_keeps_the_checkpoint_before(start, spoil, words):
+    with spoiled_step(STEPS + 2, spoil):
+        ended = start(checkpoint_steps=2, shift_pixels=0)
+    assert ended.status == 1
+    assert ended.err.startswith(f"error: step {STEPS + 2}: {words}")
+    assert str(ended.folder) in ended.err
+    assert ended.err.count("\n") == 1
+    assert steps_in(ended.folder) == [4, STEPS]
+    assert all(np.isfinite(array).all() for array in arrays_of(ended.folder).values())
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "words"),
+    [
+        ("margin", np.nan, "the margin loss is nan"),
+        ("reconstruction", np.inf, "the reconstruction loss is inf"),
+        ("gradient", np.nan, "not finite: gradient of classes.weight, conv1.bias, conv1.kernel"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(start, quantity, value, words):
     def spoil(state, report):
-        name = quantity.removesuffix(" loss")
-        if name == "gradient":
-            return state, report._replace(gradient=value)
-        return state, report._replace(metrics=report.metrics._replace(**{name: value}))
+        if quantity == "gradient":
+            return state, report._replace(gradient=np.full(report.gradient.shape, value))
+        return state, report._replace(metrics=report.metrics._replace(**{quantity: value}))
 
     with after_step(STEPS + 2, spoil):
         ended = start(checkpoint_steps=2)
     assert ended.status == 1
-    assert ended.err.startswith(f"error: step {STEPS + 2}: the {quantity} is {value}")
-    assert str(ended.folder) in ended.err
-    assert ended.err.count("\n") == 1
+    assert ended.err.startswith(f"error: step {STEPS + 2}: {words}")
     assert steps_in(ended.folder) == [4, STEPS]
 
 
 def test_a_learning_rate_far_too_large_stops_the_run_for_real(start):
     ended = start(lr=1e30, checkpoint_steps=1)
     assert ended.status == 1
-    match = re.match(r"error: step (\d+): the (margin|reconstruction|gradient)", ended.err)
+    match = re.match(r"error: step (\d+): (the (margin|reconst)|not finite)", ended.err)
     assert match
     kept = arrays_of(ended.folder)
     assert kept["step"] < int(match[1])

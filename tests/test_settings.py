@@ -143,11 +143,12 @@ def test_help_names_every_flag_its_default_and_unit_and_fits_the_terminal(
     lines = page.splitlines()[1:]  # the first is the usage, with the path of the script
     assert max(map(len, lines)) <= columns
     words = " ".join(re.sub("[│|]", " ", page).split())
-    for name in flat(Settings()):
+    names = [f.name for g in vars(Settings()).values() for f in dataclasses.fields(g)]
+    for name in names:
         assert f"--{name.replace('_', '-')} " in words
     for unit in ("pixels", "each epoch", "Passes", "Images a step", "Steps between"):
         assert unit in words
-    assert words.count("(default:") == len(flat(Settings()))
+    assert words.count("(default:") == len(names)
 
 
 def test_help_of_a_preset_shows_its_defaults(capsys):
@@ -190,8 +191,22 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ({"seed": 2**63}, ["--seed must be from 0", str(2**63)]),
         ({"preset": "best"}, ["'best'", "--preset", "'seed'", "'paper'"]),
         ({"precision": "float16"}, ["'float16'", "--precision", "'float32'", "'bfloat16'"]),
-        ({"testing": True}, ["--testing needs --weights RUN"]),
+        ({"testing": True}, ["--testing needs --weights"]),
         ({"no_such_flag": True}, ["--no-such-flag"]),
+        ({"process_id": 0}, ["--coordinator, --num-processes and --process-id go together"]),
+        (
+            {"coordinator": "host", "num_processes": 2, "process_id": 0},
+            ["--coordinator must be HOST:PORT, got host"],
+        ),
+        (
+            {"coordinator": "host:1", "num_processes": 2, "process_id": 2},
+            ["--process-id must be from 0 to 1, got 2"],
+        ),
+        (
+            {"coordinator": "h:1", "num_processes": 1, "process_id": 0, "distributed": True},
+            ["--distributed finds out"],
+        ),
+        ({"distributed": True}, ["no launcher that JAX knows"]),
         ({"devices": 3, "batch_size": 10}, ["3 devices do not divide a batch of 10"]),
         ({"devices": 9, "batch_size": 9}, ["9 devices asked for, 8 found"]),
         ({"shift_pixels": 10}, ["--shift-pixels 10", "10×10 pixels"]),

@@ -169,7 +169,7 @@ def test_other_devices_than_cpus_hold_one_copy_each_in_memory_of_their_own(monke
     device = SimpleNamespace(
         platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": 100}
     )
-    mesh: Any = SimpleNamespace(devices=np.array([device] * 8))
+    mesh: Any = SimpleNamespace(local_devices=[device] * 8)
     monkeypatch.setattr(jax, "device_put", lambda array, placing: array)
     monkeypatch.setattr(sharding, "replicated", lambda mesh: None)
     assert replicate(mesh, np.zeros(100, np.uint8)).nbytes == 100

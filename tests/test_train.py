@@ -76,8 +76,11 @@ def test_every_output_has_the_shape_and_dtype_that_it_should(steps):
     for metrics in (Metrics.zeros(), report.metrics, state.sums):
         chex.assert_shape(metrics, ())
         chex.assert_type(metrics, [np.float32, np.float32, np.int32, np.int32])
-    chex.assert_shape(report, ())
-    chex.assert_type([report.step, report.gradient], [np.int32, np.float32])
+    chex.assert_shape([report.step, report.pixels, report.metrics], ())
+    arrays = len(jax.tree.leaves(state.params))
+    chex.assert_shape([report.parameters, report.gradient], (arrays,))
+    chex.assert_type(report[:3], [np.int32, np.float32, np.float32])
+    chex.assert_type(report.gradient, np.float32)
     metrics, classes = evaluate(steps[1], state.params, np.arange(tiny.BATCH))
     chex.assert_shape(metrics, ())
     chex.assert_type(metrics, [np.float32, np.float32, np.int32, np.int32])
@@ -132,8 +135,10 @@ def test_three_steps_are_gather_shift_normalise_loss_and_adam(steps, lam_recon, 
         sums = {name: sums[name] + value for name, value in expected.items()}
         chex.assert_trees_all_close(state.sums._asdict(), sums, rtol=1e-5)
         assert report.step == state.step == number + 1
-        length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
-        np.testing.assert_allclose(report.gradient, length, rtol=1e-5)
+        np.testing.assert_allclose(report.pixels, x.mean(), rtol=1e-5)
+        for lengths, arrays in ((report.parameters, params), (report.gradient, gradient)):
+            expected = [np.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(arrays)]
+            np.testing.assert_allclose(lengths, expected, rtol=1e-5)
 
         rates = tiny.SCHEDULE(np.arange(len(gradients)))
         leaves = map(jax.tree.leaves, (state.params, first, *gradients))

@@ -1,6 +1,8 @@
 """One network in one file, weights of PyTorch, exported functions."""
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 
@@ -149,6 +151,15 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
     save_file({"weight": np.zeros(3)}, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError, match="was not written by capsjax"):
         weights.load(tmp_path / "net.safetensors")
+    assert weights.architecture(tmp_path / "net.safetensors") is None
+
+
+def test_iterations_of_routing_may_differ_from_the_files(tmp_path):
+    weights.save(network(routings=2), tmp_path / "net.safetensors")
+    assert weights.architecture(tmp_path / "net.safetensors")["routings"] == 2
+    for asked, expected in ((None, 2), (5, 5)):
+        model = weights.load(tmp_path / "net.safetensors", routings=asked)
+        assert model.classes.routings == expected
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
@@ -220,12 +231,85 @@ def test_names_of_a_network_that_trained_on_several_gpus_are_taken():
     assert model.image_shape == (8, 10, 3)
 
 
-def test_a_tensor_of_pytorch_is_taken():
-    # The extra `bench` brings PyTorch; it is too large to install for the tests alone.
-    torch = pytest.importorskip("torch", reason="needs PyTorch, the extra bench")
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="needs PyTorch, the extra torch")
+
+
+def test_a_tensor_of_pytorch_is_taken(torch):
     theirs = {n: torch.from_numpy(a).requires_grad_() for n, a in state_dict().items()}
     back = weights.to_torch(weights.from_torch(theirs, image_shape=(8, 10, 3)))
     np.testing.assert_array_equal(back["conv1.bias"], theirs["conv1.bias"].detach())
+
+
+@pytest.mark.parametrize("file", ["net.safetensors", "net.pt", "net.pth", "net.pkl"])
+def test_a_file_of_pytorch_is_read(tmp_path, request, file):
+    theirs = state_dict((9, 9, 1))
+    if file.endswith("safetensors"):
+        save_file(theirs, tmp_path / file)
+    else:
+        torch = request.getfixturevalue("torch")
+        torch.save({n: torch.from_numpy(a) for n, a in theirs.items()}, tmp_path / file)
+    model, expected = weights.load(tmp_path / file), weights.from_torch(theirs)
+    assert model.classes.routings == 3
+    for ours, their in zip(outputs(model)[1], outputs(expected)[1], strict=True):
+        np.testing.assert_array_equal(ours, their)
+    assert weights.architecture(tmp_path / file) is None
+
+
+def test_a_file_of_pytorch_does_not_say_that_its_images_are_no_squares(tmp_path):
+    save_file(state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(WeightsError, match="give image_shape"):
+        weights.load(tmp_path / "net.safetensors")
+    model = weights.load(tmp_path / "net.safetensors", image_shape=(8, 10, 3), routings=2)
+    assert (model.image_shape, model.classes.routings) == ((8, 10, 3), 2)
+
+
+class Hostile:
+    """Unpickled by Python, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("saved_by", ["pickle", "torch"])
+def test_a_hostile_pickle_runs_nothing(tmp_path, torch, saved_by):
+    trap = Hostile(tmp_path / "trapped")
+    pickle.loads(pickle.dumps(trap))
+    (tmp_path / "trapped").unlink()  # it does work
+    content = {n: torch.from_numpy(a) for n, a in state_dict().items()} | {"conv1.bias": trap}
+    if saved_by == "torch":
+        torch.save(content, tmp_path / "net.pkl")
+    else:
+        (tmp_path / "net.pkl").write_bytes(pickle.dumps(trap))
+    with pytest.raises(WeightsError, match=r"net\.pkl is refused: .* more than weights"):
+        weights.load(tmp_path / "net.pkl")
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("content", ["cut short", "empty", "a list", "text"])
+def test_a_pickle_without_sound_weights_is_refused_in_words(tmp_path, torch, content):
+    path = tmp_path / "net.pt"
+    torch.save({n: torch.from_numpy(a) for n, a in state_dict().items()}, path)
+    if content == "a list":
+        torch.save([torch.zeros(3)], path)
+    else:
+        part = {"cut short": path.read_bytes()[:-100], "empty": b"", "text": b"no pickle"}
+        path.write_bytes(part[content])
+    with pytest.raises(WeightsError, match=r"net\.pt is refused"):
+        weights.load(path)
+
+
+def test_without_pytorch_a_pickle_is_not_read_and_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    trap = Hostile(tmp_path / "trapped")
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps(trap))
+    with pytest.raises(WeightsError, match=r"pip install 'capsjax\[torch\]'"):
+        weights.load(tmp_path / "net.pkl")
+    assert not (tmp_path / "trapped").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Several processes that train one network: how they start together and end together."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from capsjax import sharding
+from settings import Processes
+
+_IN_STEP = (None, 0, 130, 143)  # exit statuses that all processes come to after the same step
+
+
+def join(processes: Processes) -> None:
+    """Joins the others, if there are any; of several processes the first speaks for all.
+
+    Raises:
+      ValueError: if --distributed finds no launcher.
+    """
+    if processes.distributed or processes.coordinator is not None:
+        sharding.connect(processes.coordinator, processes.num_processes, processes.process_id)
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
+    """Ends a process that failed at once, and by that the others.
+
+    Left to Python it would first wait for all others to be done, and they wait for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        status = 1
+        if isinstance(error, SystemExit):
+            if error.code in _IN_STEP:
+                raise
+            status = error.code if isinstance(error.code, int) else 1
+        elif isinstance(error, KeyboardInterrupt):
+            status = 130
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            print(_lost(error), file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _lost(error: Exception) -> str:
+    return (
+        f"error: process {jax.process_index()} of {jax.process_count()} lost another one: "
+        f"{str(error).splitlines()[0]}\nwhat was saved before is kept; go on with --resume in all"
+    )

@@ -1,0 +1,193 @@
+"""Several real processes over loopback: one training, that ends together and goes on together."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from test_survival import SLOWLY, wait_for_steps
+from tiny_run import (
+    arrays_of,
+    command_line,
+    params_of,
+    rows_of,
+    same_bits,
+    steps_in,
+    write_images,
+)
+
+pytestmark = pytest.mark.slow
+
+STEPS = 5  # an epoch: 60 training images in batches of 12, which 1, 2 and 4 processes divide
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """Starts the experiment in `n` processes of one device each."""
+    images = write_images(folder / "tiny.npz")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUNBUFFERED": "1",
+        "HOME": str(folder / "home"),
+        "XDG_CACHE_HOME": str(folder / "home" / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    @contextlib.contextmanager
+    def start(n: int, seconds: float = 0.0, **flags) -> Iterator[list[subprocess.Popen]]:
+        if "resume" not in flags:
+            flags = {"data_dir": images, "epochs": EPOCHS, "batch_size": 12, **flags}
+        if n > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                flags |= {"coordinator": f"127.0.0.1:{free.getsockname()[1]}", "num_processes": n}
+        tiny = [str(Path(__file__).with_name("tiny_run.py"))]
+        script = ["-c", SLOWLY.format(seconds=seconds)] if seconds else tiny
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *script]
+                + command_line(**flags, process_id=number if n > 1 else None),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(n)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+    return start
+
+
+def outcome(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each."""
+    texts = [process.communicate(timeout=timeout) for process in processes]
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, folder):
+    """Folders of undisturbed runs of one, two and four processes."""
+    folders = {}
+    for n in (1, 2, 4):
+        folders[n] = folder / f"unbroken-{n}"
+        with start(n, save_dir=folders[n]) as processes:
+            (status, out, err), *others = outcome(processes)
+            assert status == 0, err
+            assert "test error" in out
+            for status, out, _ in others:
+                assert status == 0
+                assert not re.findall(r"^(?!\[Gloo\]).+", out, re.M)  # the first speaks for all
+    return folders
+
+
+def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The distance of two sets of arrays over the length of one."""
+    assert ours.keys() == theirs.keys()
+    a, b = (np.concatenate([np.ravel(x[n]) for n in theirs]).astype("f8") for x in (ours, theirs))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def losses(folder: Path) -> list[list[float]]:
+    names = ("train_loss", "train_margin", "test_loss", "test_margin")
+    return [[float(row[name]) for name in names] for row in rows_of(folder)]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_together_give_the_figures_of_one(start, folder, unbroken, n):
+    np.testing.assert_allclose(losses(unbroken[n]), losses(unbroken[1]), rtol=0, atol=1e-4)
+    for file in ("metrics.csv", "weights.safetensors", "reconstructions.png"):
+        assert (unbroken[n] / file).is_file()
+    params = []
+    for processes in (1, n):
+        save_dir = folder / f"five-steps-{n}-{processes}"
+        with start(processes, save_dir=save_dir, epochs=1) as started:
+            assert outcome(started)[0][0] == 0
+        params.append(params_of(save_dir))
+    assert steps_in(save_dir) == [STEPS]
+    assert 0 < apart(*params) < 1e-5
+
+
+@pytest.mark.parametrize("killed", [0, 1], ids=["coordinator", "other"])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
+    start, folder, unbroken, killed
+):
+    save_dir = folder / f"killed-{killed}"
+    with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
+        wait_for_steps(save_dir, STEPS + 2, processes[1 - killed])
+        processes[killed].kill()
+        begin = time.monotonic()
+        (status, _, err) = outcome([processes[1 - killed]], timeout=60)[0]
+        assert time.monotonic() - begin < 60
+    # Without process 0 JAX's own service aborts the others, with words of its own.
+    aborted = killed == 0 and status == -signal.SIGABRT and "another task died" in err
+    assert aborted or (status == 1 and f"error: process {1 - killed} of 2 lost another" in err), err
+    assert "Traceback" not in err
+    assert STEPS + 2 <= steps_in(save_dir)[-1] < EPOCHS * STEPS
+    alone = folder / f"killed-{killed}-alone"
+    shutil.copytree(save_dir, alone)
+    for n, resumed in ((2, save_dir), (1, alone)):
+        with start(n, resume=resumed) as processes:
+            status, out, err = outcome(processes)[0]
+        assert status == 0, err
+        assert "resume    step" in out
+    # The same number of processes adds up in the same order, another number in another.
+    assert same_bits(arrays_of(save_dir), arrays_of(unbroken[2]))
+    assert rows_of(save_dir) == rows_of(unbroken[2])
+    assert 0 < apart(params_of(alone), params_of(unbroken[2])) < 1e-4
+    np.testing.assert_allclose(losses(alone), losses(unbroken[2]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "statuses"),
+    [
+        (signal.SIGTERM, [1], [143, 143]),
+        (signal.SIGTERM, [0, 1], [143, 143]),
+        (signal.SIGINT, [0, 1], [130, 130]),
+    ],
+    ids=["SIGTERM to one", "SIGTERM to all", "SIGINT to all"],
+)
+def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
+    start, folder, unbroken, number, to, statuses
+):
+    save_dir = folder / f"{number.name}-{len(to)}"
+    with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
+        wait_for_steps(save_dir, STEPS + 2, processes[0])
+        for process in to:
+            processes[process].send_signal(number)
+        results = outcome(processes, timeout=60)
+    assert [status for status, _, _ in results] == statuses, results
+    assert STEPS + 2 < steps_in(save_dir)[-1] < EPOCHS * STEPS
+    with start(2, resume=save_dir) as processes:
+        assert outcome(processes)[0][0] == 0
+    assert same_bits(arrays_of(save_dir), arrays_of(unbroken[2]))
+    assert rows_of(save_dir) == rows_of(unbroken[2])
+
+
+def test_a_batch_that_the_devices_do_not_divide_ends_all_in_words(start, folder):
+    with start(2, save_dir=folder / "odd", batch_size=15) as processes:
+        results = outcome(processes, timeout=120)
+    assert all(status for status, *_ in results)
+    assert "2 devices do not divide a batch of 15 images evenly" in results[0][2]
+    assert not (folder / "odd").exists()
