@@ -36,7 +36,7 @@ def connect(
     except ValueError as error:
         raise ValueError(
             "no launcher that JAX knows (SLURM, Open MPI, a TPU pod) started this process: "
-            f"give coordinator, number of processes and process id ({error})"
+            f"give --coordinator, --num-processes and --process-id ({error})"
         ) from error
 
 

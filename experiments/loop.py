@@ -207,7 +207,7 @@ class Runner:
         _require_finite_losses(report.step, figures)
         self._require_finite_arrays(report.step, "gradient of", report.gradient)
 
-    def _require_finite_arrays(self, step: Any, kind: str, lengths: np.ndarray) -> None:
+    def _require_finite_arrays(self, step: Any, kind: str, lengths: jax.Array) -> None:
         """Names all of a kind that are not finite, for they come in no order."""
         bad = [name for name, n in zip(self._names, lengths, strict=True) if not math.isfinite(n)]
         if bad:

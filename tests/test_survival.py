@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tiny_run import (
@@ -55,14 +58,15 @@ def run(folder):
     }
 
     @contextlib.contextmanager
-    def run(seconds=0.0, resume=None, **flags) -> Iterator[subprocess.Popen]:
+    def run(seconds=0.0, resume=None, before=(), **flags) -> Iterator[subprocess.Popen]:
         new = {"data_dir": images, "epochs": EPOCHS, **flags}
         args = command_line(resume=resume, **({} if resume else new))
         slowly = ["-c", SLOWLY.format(seconds=seconds)]
         script = slowly if seconds else [str(Path(__file__).with_name("tiny_run.py"))]
         process = subprocess.Popen(
-            [sys.executable, *script, *args],
+            [*before, sys.executable, *script, *args],
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,8 +77,8 @@ def run(folder):
         finally:
             process.kill()
             process.wait()
-            assert process.stdout
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                pipe.close()
 
     return run
 
@@ -153,3 +157,60 @@ def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     finish(run, save_dir, unbroken)
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
+    undisturbed, killed = folder / "eight-epochs", folder / "killed-often"
+    with run(save_dir=undisturbed, epochs=8) as process:
+        assert process.wait(timeout=300) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        begun = (killed / "config.json").exists()
+        flags = {"resume": killed} if begun else {"save_dir": killed, "epochs": 8}
+        # While it starts, in a step, or in the save that follows each.
+        with run(1.0, **flags, **({} if begun else {"checkpoint_steps": 1})) as process:
+            time.sleep(rng.uniform(0, 8))
+            process.kill()
+            assert process.wait(timeout=60) == -signal.SIGKILL, process.communicate()[0]
+    finish(run, killed, undisturbed)
+    assert [row["epoch"] for row in rows_of(killed)] == [str(n + 1) for n in range(8)]
+
+
+# A file system of 3 MiB that lives as long as the shell, which waits for a line at the end.
+SMALL_DISK = """
+mount -t tmpfs -o size=3m none "$0" || exit 9
+"$@"
+echo "status $?"
+read line
+"""
+
+
+def fill_up(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder, unbroken):
+    disk = folder / "disk"
+    disk.mkdir()
+    small = ["unshare", "--mount", "--map-root-user", "sh", "-c", SMALL_DISK, str(disk)]
+    if subprocess.run([*small, "true"], input=b"\n", capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    with run(0.2, before=small, save_dir=disk / "run", checkpoint_steps=2) as process:
+        inside = Path(f"/proc/{process.pid}/root{disk}")
+        wait_for_steps(inside / "run", STEPS + 2, process)
+        with pytest.raises(OSError, match="No space left"):
+            fill_up(inside / "filler")
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("status"):
+                break
+        (inside / "filler").unlink()
+        shutil.copytree(inside / "run", folder / "rescued")
+        process.communicate("\n", timeout=60)
+    *_, error, status = lines
+    assert status == "status 1\n", lines
+    assert re.match("error: .*No space left on device.*kept in", error), lines
+    finish(run, folder / "rescued", unbroken)
