@@ -8,10 +8,11 @@ import contextlib
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
@@ -49,7 +50,11 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder
         self._errors: dict[int, float] = {}  # of the steps that have one
-        options = ocp.CheckpointManagerOptions(preservation_policy=_LastTwoAndBest(self._errors))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LastTwoAndBest(self._errors),
+            # How long processes wait for one whose write failed, where 20 minutes are the default.
+            async_options=ocp.AsyncOptions(timeout_secs=120),
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(CheckpointError):
@@ -59,7 +64,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()  # waits for a save under way
+        with _writing():
+            self._manager.close()  # waits for a save under way
 
     def save(self, state: TrainState, notes: dict[str, Any], error: float | None = None) -> None:
         """Saves a state in the background, under its step.
@@ -68,6 +74,9 @@ class Checkpoints:
           state: copied before this returns, so it may be donated at once.
           notes: anything JSON holds.
           error: validation error between 0 and 1, at an epoch's end, for choosing the best.
+
+        Raises:
+          CheckpointError: if it, or the one before it, cannot be written.
         """
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state)}
         # One array, since of several that are damaged Orbax reports one and leaves the others to
@@ -90,12 +99,18 @@ class Checkpoints:
             if later >= step:
                 self._manager.delete(later)
                 self._set_error(later, None)
-        self._manager.save(step, args=items)
+        with _writing():
+            self._manager.save(step, args=items)
         self._set_error(step, error)  # after: the best before this one is kept until the next save
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on the disk.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        with _writing():
+            self._manager.wait_until_finished()
 
     def last(self) -> Checkpoint | None:
         """The newest sound checkpoint, or None if there has been none yet.
@@ -167,6 +182,17 @@ class _LastTwoAndBest(PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-2:], _best(self._errors)}
         return [step in kept for step in steps]
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # another process is gone
+        raise
+    except Exception as error:  # a full disk makes Orbax raise anything
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"a checkpoint cannot be written: {reason}") from error
 
 
 def _best(errors: dict[int, float]) -> int | None:

@@ -4,6 +4,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -24,7 +25,7 @@ def connect(
       process_id: which one this is, from 0.
 
     Raises:
-      ValueError: if nothing is given and nothing can be found out.
+      ValueError: in words, if the others cannot be found or reached.
 
     References:
       `jax.distributed.initialize`.
@@ -33,11 +34,36 @@ def connect(
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
         )
-    except ValueError as error:
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if coordinator is not None:
+            raise ValueError(f"process {process_id} cannot join {coordinator}: {reason}") from error
         raise ValueError(
             "no launcher that JAX knows (SLURM, Open MPI, a TPU pod) started this process: "
-            f"give --coordinator, --num-processes and --process-id ({error})"
+            f"give --coordinator, --num-processes and --process-id ({reason})"
         ) from error
+
+
+def agree(what: str, value: int) -> None:
+    """Waits until all processes are here, and makes sure that they came with the same value.
+
+    Args:
+      what: the value's name in the message.
+      value: from 0 to 2^32 - 1, as a CRC-32.
+
+    Raises:
+      ValueError: if the values differ.
+
+    Example:
+      >>> from capsjax.sharding import agree
+      >>> agree("seeds", 7)
+    """
+    values = np.ravel(multihost_utils.process_allgather(np.uint32(value)))
+    if len(set(values.tolist())) > 1:
+        raise ValueError(
+            f"the {len(values)} processes have different {what}: {values.tolist()}; give all the "
+            "same command and the same files"
+        )
 
 
 def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
@@ -62,6 +88,8 @@ def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
     """
     found = jax.devices()
     together = jax.process_count() > 1
+    if len(found) != jax.process_count() * jax.local_device_count():
+        raise ValueError("the processes have different numbers of devices; JAX needs the same")
     if devices is None and together:
         devices = len(found)
     elif devices is None:
@@ -117,7 +145,8 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
             f"the images take {array.nbytes * copies / 2**30:.1f} GiB and {device.device_kind} has "
             f"{memory / 2**30:.1f} GiB: use fewer (--train-size) or smaller images"
         )
-    return jax.device_put(array, replicated(mesh))
+    # Not device_put, which sends the array of every process to all others to compare them.
+    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda part: array[part])
 
 
 def place(mesh: Mesh, batch: np.ndarray) -> jax.Array:

@@ -103,20 +103,19 @@ def load(
     try:
         return from_torch(arrays, image_shape=image_shape, routings=routings or 3)
     except WeightsError as error:
-        raise WeightsError(
-            f"{path} was not written by capsjax.weights.save, or is damaged, and as weights of "
-            f"PyTorch does not fit: {error}"
-        ) from error
+        other = "" if path.suffix in _PICKLES else "was not written by capsjax.weights.save, and "
+        raise WeightsError(f"{path} {other}is not of XifengGuo's PyTorch code: {error}") from error
 
 
-def architecture(path: str | Path) -> dict[str, Any] | None:
-    """The arguments of `CapsNet` that a file of `save` holds, read without its arrays.
+def describe(path: str | Path) -> tuple[str | None, int] | None:
+    """What a file of `save` says of its network, read without its arrays.
 
     Args:
       path: of the file.
 
     Returns:
-      Sizes and options by name, not yet checked as `load` checks them; None for any other file.
+      The name of its preset, or None, and its iterations of routing, not yet checked as `load`
+      checks them. None for any other file.
 
     Example:
       >>> import tempfile
@@ -125,12 +124,13 @@ def architecture(path: str | Path) -> dict[str, Any] | None:
       >>> net = capsjax.nn.CapsNet(channels=16, types=2, routings=5, rngs=nnx.Rngs(0))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     capsjax.weights.save(net, folder + "/net.safetensors")
-      ...     capsjax.weights.architecture(folder + "/net.safetensors")["routings"]
-      5
+      ...     capsjax.weights.describe(folder + "/net.safetensors")
+      (None, 5)
     """
     try:
         with safe_open(path, "numpy") as file:
-            return json.loads((file.metadata() or {})["capsjax"])["architecture"]
+            about = json.loads((file.metadata() or {})["capsjax"])
+        return about["preset"], about["architecture"]["routings"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -97,6 +97,8 @@ class Runner:
         rows: list[dict[str, Any]] = [*run_folder.read_rows(folder)[:done]]
         seconds = notes.get("seconds", 0.0)
         with start.checkpoints(folder) as checkpoints, self._signals:
+            if self._signals.stop_before(int(state.step) + 1):
+                self._end(checkpoints, state, seconds)
             for epoch in range(done, epochs):
                 state, seconds = self._epoch(epoch, state, seconds, checkpoints)
                 held_out = plan.validation_indices

@@ -14,16 +14,22 @@ from settings import Processes
 _IN_STEP = (None, 0, 130, 143)  # exit statuses that all processes come to after the same step
 
 
-def join(processes: Processes) -> None:
+def join(processes: Processes, *, testing: bool) -> None:
     """Joins the others, if there are any; of several processes the first speaks for all.
 
+    Args:
+      processes: which of them this is.
+      testing: nothing is to be saved, so SIGTERM ends it at once.
+
     Raises:
-      ValueError: if --distributed finds no launcher.
+      ValueError: in words, if they cannot be found or reached.
     """
+    if testing:
+        jax.config.update("jax_enable_preemption_service", False)
     if processes.distributed or processes.coordinator is not None:
         sharding.connect(processes.coordinator, processes.num_processes, processes.process_id)
     if jax.process_index() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
 
 
 @contextlib.contextmanager
@@ -54,7 +60,9 @@ def end_together() -> Iterator[None]:
 
 
 def _lost(error: Exception) -> str:
+    causes = [e for e in (error.__context__, error) if e is not None]  # a full disk, say, is first
     return (
         f"error: process {jax.process_index()} of {jax.process_count()} lost another one: "
-        f"{str(error).splitlines()[0]}\nwhat was saved before is kept; go on with --resume in all"
+        f"{'; '.join(str(e).splitlines()[0] for e in causes)}\n"
+        "what was saved before is kept; go on with --resume in all"
     )

@@ -59,13 +59,17 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
       ValueError: if a living process is in it.
     """
+    lock = FileLock(folder / ".lock")
     try:
-        with FileLock(folder / ".lock", blocking=False):
-            yield
+        lock.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(
             f"{folder} is in use by another process: wait for its end, or name another folder"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_a_run(folder: Path) -> None:

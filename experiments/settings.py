@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -85,7 +85,8 @@ class Run:
     devices: int | None = None
     """Devices to split a batch over. None: the largest number that divides it."""
     resume: Path | None = None
-    """Folder of a run to go on with, with its settings; only --epochs may change, to more."""
+    """Folder of a run to go on with, with its settings; only --epochs may change, to more, and
+    --devices."""
     weights: Path | None = None
     """Weights to start from, or to test: folder of a run, or a file (safetensors, or .pt, .pkl of
     the widespread PyTorch code)."""
@@ -124,7 +125,7 @@ class Processes:
     process_id: int | None = None
     """Which of them this is, from 0."""
     distributed: bool = False
-    """Take these three from the launcher: SLURM, Open MPI, a TPU pod."""
+    """Take these three from the launcher: SLURM or Open MPI, one task a GPU, or a TPU pod."""
 
     def __post_init__(self):
         match self.coordinator, self.num_processes, self.process_id:
@@ -155,7 +156,7 @@ class Settings:
 class Source:
     """The flags that decide where the defaults of all the others come from."""
 
-    preset: PresetName = "seed"
+    preset: PresetName | None = None
     resume: Path | None = None
     weights: Path | None = None
     testing: bool = False
@@ -202,6 +203,16 @@ def to_json(settings: Settings) -> dict[str, Any]:
     }
 
 
+def in_common(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What has to be the same in all processes of a run: everything but where files are."""
+    groups = dataclasses.asdict(settings)
+    del groups["processes"]
+    return {
+        group: {n: isinstance(v, Path) or v for n, v in fields.items() if n != "data_dir"}
+        for group, fields in groups.items()
+    }
+
+
 def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
     """The inverse of `to_json`, for one process."""
 
@@ -220,14 +231,19 @@ def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
         saved = _saved(source.resume)
         run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
         return dataclasses.replace(saved, run=run)
+    preset_name, routings = _origin(source.weights)
     if source.testing and source.weights is not None and not source.weights.is_file():
         saved = _saved(source.weights)
         return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
-    preset = presets[source.preset]
-    file = source.weights if source.weights and source.weights.is_file() else None
+    if source.preset and preset_name and source.preset != preset_name:
+        raise ValueError(
+            f"--preset {source.preset}, but {source.weights} is of --preset {preset_name}"
+        )
+    name = source.preset or preset_name or "seed"
+    preset = presets[name]
     recipe = Recipe(
-        preset=source.preset,
-        routings=((weights.architecture(file) if file else None) or {}).get("routings", 3),
+        preset=name,
+        routings=routings,
         epochs=preset.epochs,
         batch_size=preset.batch_size,
         lr=preset.lr,
@@ -235,6 +251,21 @@ def _defaults(source: Source, presets: Mapping[str, Preset]) -> Settings:
         shift_pixels=preset.shift_pixels,
     )
     return Settings(recipe)
+
+
+def _origin(path: Path | None) -> tuple[PresetName | None, int]:
+    """Preset, if it has one, and iterations of routing of the weights in a folder or a file."""
+    if path is None:
+        return None, 3
+    if not path.exists():
+        raise ValueError(f"--weights {path}: there is no such file or folder")
+    if not path.is_file():
+        recipe = _saved(path).recipe
+        return recipe.preset, recipe.routings
+    preset, routings = weights.describe(path) or (None, None)
+    # A damaged file says anything; it is refused when it is loaded.
+    known = next((name for name in get_args(PresetName) if name == preset), None)
+    return known, routings if isinstance(routings, int) else 3
 
 
 def _saved(folder: Path) -> Settings:
@@ -252,10 +283,11 @@ def _refuse_changes(settings: Settings, saved: Settings) -> None:
         now, then = getattr(settings, group), getattr(saved, group)
         for name in (field.name for field in dataclasses.fields(now)):
             ours, theirs = getattr(now, name), getattr(then, name)
-            if ours != theirs and not (name == "epochs" and ours > theirs):
+            allowed = name == "devices" or (name == "epochs" and ours > theirs)
+            if ours != theirs and not allowed:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {ours} beside --resume, but this run has {theirs};"
-                    " only --epochs may change, to more"
+                    " only --epochs may change, to more, and --devices"
                 )
 
 

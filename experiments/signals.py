@@ -30,11 +30,17 @@ class StopSignals:
             signal.signal(number, handler)
 
     def stop(self, step: int | None = None) -> bool:
-        """Whether to end now: after a step, or between two, where one of several never does."""
-        if not self._together:
-            return self._received is not None
-        # Orbax asks at every save, with the step, too.
-        return step is not None and multihost_utils.reached_preemption_sync_point(step)
+        """Whether to end now: after `step`, or, as one process alone can, between steps."""
+        if self._together and step is not None:
+            return multihost_utils.reached_preemption_sync_point(step)  # Orbax asks so, too
+        return self._received is not None and not self._together
+
+    def stop_before(self, first: int) -> bool:
+        """Whether to end before the first step that this process does, its number.
+
+        The service compares numbers, so those that a resumed run leaves out have to be called, too.
+        """
+        return any(self.stop(step) for step in range(1, first)) if self._together else self.stop()
 
     @property
     def status(self) -> int:
@@ -48,4 +54,5 @@ class StopSignals:
         self._received = number
         if self._together:
             signal.raise_signal(signal.SIGTERM)
-        tqdm.write(f"{signal.Signals(number).name}: ends after this step, with a checkpoint")
+        when = "a coming step of all" if self._together else "this step"
+        tqdm.write(f"{signal.Signals(number).name}: ends after {when}, with a checkpoint")

@@ -1,19 +1,21 @@
 """Where a run starts: in a new folder, from another run's weights, or where it stopped."""
 
 import contextlib
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 
 import run_folder
-from capsjax import weights
-from capsjax._named import fill
+from capsjax import sharding, weights
+from capsjax._named import fill, named_leaves
 from capsjax.checkpoint import Checkpoint, Checkpoints
 from capsjax.train import TrainState, merge
 from plan import Plan
-from settings import to_json
+from settings import in_common, to_json
 
 
 def open_run(
@@ -36,6 +38,8 @@ def open_run(
         holds a run already, or another process is in it.
       OSError: if the folder cannot be written.
     """
+    sharding.agree("settings", zlib.crc32(json.dumps(in_common(plan.settings)).encode()))
+    sharding.agree("images", plan.fingerprint())
     run, first = plan.settings.run, jax.process_index() == 0
     notes: dict[str, Any] = {}
     if run.weights is not None and not run.weights.is_file():
@@ -56,7 +60,10 @@ def open_run(
         run_folder.refuse_a_run(folder)
         if not run.testing:
             _begin(folder, plan, state)
-    multihost_utils.sync_global_devices("the folder is ready")
+    crc = 0
+    for _, leaf in named_leaves(state):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    sharding.agree("weights", crc)  # and none goes on before the folder is ready
     return folder, state, notes
 
 
@@ -69,6 +76,8 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
     """Writes what a new run is; config.json last, for with it the folder is a run."""
     if plan.settings.run.weights is not None:
         weights.save(merge(plan.recipe.graphdef, state.params), folder / run_folder.START)
+    else:
+        (folder / run_folder.START).unlink(missing_ok=True)  # of a run that did not get this far
     config = {
         "settings": to_json(plan.settings),
         **run_folder.provenance(),

@@ -596,6 +596,31 @@ def test_training_goes_on_from_a_file_of_pytorch_and_keeps_it(start, tmp_path):
     assert again.drawn[0].primary.grouping == "flat"
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_preset_and_routings_are_those_of_the_weights(trained, start, kind):
+    # The tiny presets share their architecture with none of the real ones, so a file says none.
+    folder = trained(preset="paper", routings=2).folder
+    source = folder if kind == "folder" else folder / "weights.safetensors"
+    described = mock.patch.object(weights, "describe", return_value=("paper", 2))
+    with described if kind == "file" else contextlib.nullcontext():
+        ended = start(weights=source, epochs=1)
+        settings = json.loads((ended.folder / "config.json").read_text())["settings"]["recipe"]
+        assert (settings["preset"], settings["routings"]) == ("paper", 2)
+        assert settings["lam_recon"] == pytest.approx(1.0)
+        refused = start("other", weights=source, preset="seed")
+    assert refused.status == 2
+    assert "--preset seed, but" in refused.err
+
+
+def test_a_folder_that_a_run_left_before_it_began_gets_the_network_that_is_asked_for(
+    start, tmp_path
+):
+    (tmp_path / "run").mkdir()
+    shutil.copy(torch_file(tmp_path), tmp_path / "run" / run_folder.START)
+    assert start().drawn[0].primary.grouping == "channels"
+    assert not (tmp_path / "run" / run_folder.START).exists()
+
+
 def test_training_starts_where_a_file_of_pytorch_ends(start, tmp_path):
     ended = start(weights=torch_file(tmp_path), epochs=1, lr=1e-12)
     expected = weights.to_torch(weights.load(tmp_path / "torch.safetensors"))
@@ -816,7 +841,6 @@ def test_more_epochs_go_on(copied, trained):
         ("validation", 10, 0),
         ("save_dir", "elsewhere", "trained"),
         ("checkpoint_steps", 4, 200),
-        ("devices", 2, 1),
     ],
 )
 def test_another_setting_beside_resume_is_refused_with_both_values(plain, flag, value, saved):
@@ -827,6 +851,14 @@ def test_another_setting_beside_resume_is_refused_with_both_values(plain, flag, 
     assert str(saved) in ended.err
     assert ended.err.count("\n") == 1
     assert tree(plain.folder) == before
+
+
+def test_a_run_goes_on_with_another_number_of_devices(start):
+    with after_step(STEPS, signalled(signal.SIGTERM)):
+        stopped = start()
+    resumed = experiment(resume=stopped.folder, devices=2)
+    assert resumed.status == 0
+    assert "devices   2 of 8" in resumed.out
 
 
 def damaged_config(text):
@@ -899,11 +931,11 @@ TALL = {
         (lambda folder: {"resume": folder / "checkpoints"}, ["holds no run", "config.json"]),
         (lambda folder: {"resume": folder / "none"}, ["holds no run", "config.json"]),
         (lambda folder: {"resume": folder / "config.json"}, ["holds no run"]),
-        (lambda folder: {"weights": folder / "none", "testing": True}, ["holds no run"]),
-        (lambda folder: {"weights": folder / "none"}, ["holds no run"]),
+        (lambda folder: {"weights": folder / "none", "testing": True}, ["there is no such"]),
+        (lambda folder: {"weights": folder / "none"}, ["there is no such"]),
         (
             lambda folder: {"weights": folder, "preset": "paper"},
-            ["params.classes.bias", "no such array", "[10, 4]"],
+            ["--preset paper, but", "is of --preset seed"],
         ),
         (other_images(**FIVE), ["params.classes.weight", "[5, 18, 4, 8]", "[10, 18, 4, 8]"]),
         (other_images(**TALL), ["[10, 24, 4, 8]", "[10, 18, 4, 8]"]),

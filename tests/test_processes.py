@@ -19,6 +19,7 @@ from test_survival import SLOWLY, wait_for_steps
 from tiny_run import (
     arrays_of,
     command_line,
+    images,
     params_of,
     rows_of,
     same_bits,
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(folder):
     """Starts the experiment in `n` processes of one device each."""
-    images = write_images(folder / "tiny.npz")
+    data = write_images(folder / "tiny.npz")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "PYTHONUNBUFFERED": "1",
@@ -51,10 +52,10 @@ def start(folder):
 
     @contextlib.contextmanager
     def start(
-        n: int, seconds: float = 0.0, slurm: bool = False, **flags
+        n: int, seconds: float = 0.0, slurm: bool = False, of_second=None, **flags
     ) -> Iterator[list[subprocess.Popen]]:
-        if "resume" not in flags:
-            flags = {"data_dir": images, "epochs": EPOCHS, "batch_size": 12, **flags}
+        if not flags.keys() & {"resume", "testing"}:
+            flags = {"data_dir": data, "epochs": EPOCHS, "batch_size": 12, **flags}
         if slurm:
             flags |= {"distributed": True}
         elif n > 1:
@@ -66,7 +67,10 @@ def start(folder):
         processes = [
             subprocess.Popen(
                 [sys.executable, *script]
-                + command_line(**flags, process_id=None if slurm or n == 1 else number),
+                + command_line(
+                    **flags | ((of_second or {}) if number else {}),
+                    process_id=None if slurm or n == 1 else number,
+                ),
                 env=environment | (slurm_environment(n, number) if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -208,10 +212,49 @@ def test_a_batch_that_the_devices_do_not_divide_ends_all_in_words(start, folder)
     assert not (folder / "odd").exists()
 
 
-def test_distributed_finds_the_others_under_slurm(start, folder, unbroken):
-    with start(2, slurm=True, save_dir=folder / "slurm") as processes:
-        assert [status for status, *_ in outcome(processes)] == [0, 0]
-    assert same_bits(arrays_of(folder / "slurm"), arrays_of(unbroken[2]))
+def test_distributed_finds_the_others_under_slurm_and_they_validate_and_test_as_one_does(
+    start, folder
+):
+    tested = []
+    for n in (1, 2):
+        flags = {"save_dir": folder / f"slurm-{n}", "validation": 12, "slurm": n > 1}
+        with start(n, **flags) as processes:
+            results = outcome(processes)
+        assert [status for status, *_ in results] == [0] * n, results
+        with start(n, slurm=n > 1, testing=True, weights=folder / f"slurm-{n}") as processes:
+            tested.append(outcome(processes)[0][1].splitlines()[-1])
+        assert tested[-1] == results[0][1].splitlines()[-1]
+    one, two = (rows_of(folder / f"slurm-{n}") for n in (1, 2))
+    names = [name for name in one[0] if name.endswith(("loss", "margin"))]
+    figures = [[[float(row[name]) for name in names] for row in rows] for rows in (one, two)]
+    np.testing.assert_allclose(*figures, rtol=0, atol=1e-4)
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(start, folder, unbroken):
+    save_dir = folder / "early"
+    shutil.copytree(unbroken[2], save_dir)
+    resumed = {"resume": save_dir, "epochs": EPOCHS + 2}
+    with start(2, 0.2, **resumed) as processes:
+        for line in processes[0].stdout:
+            if line.startswith("[Gloo]"):
+                break
+        processes[1].send_signal(signal.SIGTERM)
+        assert [status for status, *_ in outcome(processes, timeout=120)] == [143, 143]
+    assert steps_in(save_dir)[-1] < (EPOCHS + 2) * STEPS
+
+
+@pytest.mark.parametrize(
+    ("differently", "what"), [({"lr": 0.5}, "settings"), ({"data_dir": "other"}, "images")]
+)
+def test_processes_with_different_settings_or_images_are_refused(start, folder, differently, what):
+    arrays = images()
+    other = write_images(folder / "other.npz", y_train=arrays["y_train"][::-1].copy())
+    changed = {name: other if v == "other" else v for name, v in differently.items()}
+    with start(2, save_dir=folder / "differ", of_second=changed) as processes:
+        results = outcome(processes, timeout=120)
+    assert all(status for status, *_ in results)
+    assert f"error: the 2 processes have different {what}: " in results[0][2] + results[1][2]
+    assert not (folder / "differ").exists()
 
 
 def test_distributed_without_a_launcher_is_refused_in_words(start, folder):

@@ -105,7 +105,7 @@ def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
         ("save_dir", Path("out")),
         ("checkpoint_steps", 5),
         ("devices", 3),
-        ("weights", Path("run")),
+        ("weights", Path(__file__)),  # a file that is there
     ],
 )
 def test_every_flag_sets_what_it_names(flag, value):
@@ -223,7 +223,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ({"dataset": "mnst", "data_dir": None}, ["mnst", "did you mean mnist"]),
         ({"data_dir": "nowhere"}, ["nowhere does not exist"]),
         ({"resume": "nowhere"}, ["nowhere holds no run"]),
-        ({"weights": "nowhere", "testing": True}, ["nowhere holds no run"]),
+        ({"weights": "nowhere", "testing": True}, ["--weights nowhere: there is no such file"]),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(refused, flags, words):

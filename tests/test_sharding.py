@@ -4,6 +4,7 @@ import functools
 import re
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,34 @@ def test_by_default_as_many_devices_as_divide_the_batch(batch_size, devices):
     assert list(mesh.devices) == jax.devices()[:devices]
 
 
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 5)
+    with pytest.raises(ValueError, match="different numbers of devices"):
+        make_mesh(8)
+
+
+def test_processes_that_train_together_use_all_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    with mock.patch.object(jax, "make_mesh") as make:
+        make_mesh(16)
+    assert make.call_args.args[0] == (8,)
+    with pytest.raises(ValueError, match="8 devices do not divide a batch of 100"):
+        make_mesh(100)
+    with pytest.raises(ValueError, match="--devices 4: the processes share all of their 8"):
+        make_mesh(16, 4)
+
+
+def test_processes_agree_or_end():
+    sharding.agree("seeds", 2**32 - 1)
+    together = mock.patch.object(
+        sharding.multihost_utils, "process_allgather", lambda value: np.array([value, value + 1])
+    )
+    with together, pytest.raises(ValueError, match=r"2 processes have different seeds: \[3, 4\]"):
+        sharding.agree("seeds", 3)
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4, 5])
 def test_fewer_devices_may_be_asked_for(devices):
     assert make_mesh(100, devices).size == devices
@@ -170,7 +199,7 @@ def test_other_devices_than_cpus_hold_one_copy_each_in_memory_of_their_own(monke
         platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": 100}
     )
     mesh: Any = SimpleNamespace(local_devices=[device] * 8)
-    monkeypatch.setattr(jax, "device_put", lambda array, placing: array)
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, part: part(...))
     monkeypatch.setattr(sharding, "replicated", lambda mesh: None)
     assert replicate(mesh, np.zeros(100, np.uint8)).nbytes == 100
     with pytest.raises(ValueError, match="H100"):

@@ -191,8 +191,9 @@ def fill_up(path: Path) -> None:
             file.write(bytes(4096))
 
 
-def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder, unbroken):
-    disk = folder / "disk"
+@pytest.mark.parametrize("left", [0, 48 * 1024], ids=["nothing", "48 KiB"])
+def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder, unbroken, left):
+    disk = folder / f"disk-{left}"
     disk.mkdir()
     small = ["unshare", "--mount", "--map-root-user", "sh", "-c", SMALL_DISK, str(disk)]
     if subprocess.run([*small, "true"], input=b"\n", capture_output=True).returncode:
@@ -202,15 +203,16 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder,
         wait_for_steps(inside / "run", STEPS + 2, process)
         with pytest.raises(OSError, match="No space left"):
             fill_up(inside / "filler")
+        os.truncate(inside / "filler", (inside / "filler").stat().st_size - left)
         lines = []
         for line in process.stdout:
             lines.append(line)
             if line.startswith("status"):
                 break
         (inside / "filler").unlink()
-        shutil.copytree(inside / "run", folder / "rescued")
+        shutil.copytree(inside / "run", folder / f"rescued-{left}")
         process.communicate("\n", timeout=60)
     *_, error, status = lines
     assert status == "status 1\n", lines
     assert re.match("error: .*No space left on device.*kept in", error), lines
-    finish(run, folder / "rescued", unbroken)
+    finish(run, folder / f"rescued-{left}", unbroken)

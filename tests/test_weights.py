@@ -151,12 +151,12 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
     save_file({"weight": np.zeros(3)}, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError, match="was not written by capsjax"):
         weights.load(tmp_path / "net.safetensors")
-    assert weights.architecture(tmp_path / "net.safetensors") is None
+    assert weights.describe(tmp_path / "net.safetensors") is None
 
 
 def test_iterations_of_routing_may_differ_from_the_files(tmp_path):
     weights.save(network(routings=2), tmp_path / "net.safetensors")
-    assert weights.architecture(tmp_path / "net.safetensors")["routings"] == 2
+    assert weights.describe(tmp_path / "net.safetensors") == (None, 2)
     for asked, expected in ((None, 2), (5, 5)):
         model = weights.load(tmp_path / "net.safetensors", routings=asked)
         assert model.classes.routings == expected
@@ -254,7 +254,7 @@ def test_a_file_of_pytorch_is_read(tmp_path, request, file):
     assert model.classes.routings == 3
     for ours, their in zip(outputs(model)[1], outputs(expected)[1], strict=True):
         np.testing.assert_array_equal(ours, their)
-    assert weights.architecture(tmp_path / file) is None
+    assert weights.describe(tmp_path / file) is None
 
 
 def test_a_file_of_pytorch_does_not_say_that_its_images_are_no_squares(tmp_path):
