@@ -12,6 +12,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield part
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())  # before the name, or a power cut leaves it with nothing in it
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -29,7 +29,8 @@ def fill(template: Any, arrays: Mapping[str, np.ndarray], prefix: str = "") -> A
       A tree like `template`.
 
     Raises:
-      WeightsError: naming the first array that is missing, left over, or of another shape.
+      WeightsError: naming the first array that is missing, left over, of another shape, or
+        not finite.
     """
     expected = dict(named_leaves(template, prefix))
     found = {name: array for name, array in arrays.items() if name.startswith(prefix)}
@@ -40,5 +41,7 @@ def fill(template: Any, arrays: Mapping[str, np.ndarray], prefix: str = "") -> A
             raise WeightsError(
                 f"weights of another network: {name} is {ours} here and {theirs} there"
             )
+        if not np.isfinite(found[name]).all():
+            raise WeightsError(f"{name} holds values that are not finite numbers")
     leaves = [found[name].astype(leaf.dtype) for name, leaf in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

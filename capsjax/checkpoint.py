@@ -7,6 +7,7 @@ one, so each checkpoint carries a CRC-32 of all that is in it, and one that fail
 import contextlib
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from capsjax._named import WeightsError, named_leaves
@@ -49,13 +51,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._replaced = folder / ".replaced"  # until another of the same step is written
+        self._saved = False
         self._errors: dict[int, float] = {}  # of the steps that have one
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastTwoAndBest(self._errors),
             # How long processes wait for one whose write failed, where 20 minutes are the default.
             async_options=ocp.AsyncOptions(timeout_secs=120),
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = _Manager(folder.absolute(), options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(CheckpointError):
                 self._set_error(step, self._about(step)["error"])
@@ -64,8 +68,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _writing():
-            self._manager.close()  # waits for a save under way
+        self.wait()
+        self._manager.close()
 
     def save(self, state: TrainState, notes: dict[str, Any], error: float | None = None) -> None:
         """Saves a state in the background, under its step.
@@ -94,13 +98,15 @@ class Checkpoints:
         )
         step = int(leaves["step"])
         self.wait()  # Orbax would delete a checkpoint that it is still writing
-        # Those from here on were passed over, and Orbax saves no step before one that it has.
-        for later in self._manager.all_steps():
-            if later >= step:
+        with _writing():
+            # Those after it were passed over, and Orbax saves no step before one that it has.
+            for later in (n for n in self._manager.all_steps() if n > step):
                 self._manager.delete(later)
                 self._set_error(later, None)
-        with _writing():
+            if step in self._manager.all_steps():
+                self._put_aside(step)
             self._manager.save(step, args=items)
+            self._saved = True
         self._set_error(step, error)  # after: the best before this one is kept until the next save
 
     def wait(self) -> None:
@@ -110,7 +116,10 @@ class Checkpoints:
           CheckpointError: if it cannot be written.
         """
         with _writing():
+            saved, self._saved = self._saved, False
             self._manager.wait_until_finished()
+            if saved and jax.process_index() == 0:
+                shutil.rmtree(self._replaced, ignore_errors=True)
 
     def last(self) -> Checkpoint | None:
         """The newest sound checkpoint, or None if there has been none yet.
@@ -118,7 +127,8 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        kept = [int(path.name) for path in self._replaced.glob("*")]
+        steps = sorted({*self._manager.all_steps(), *kept}, reverse=True)
         for tried, step in enumerate(steps):
             try:
                 return self._read(step)._replace(unsound=steps[:tried])
@@ -139,6 +149,15 @@ class Checkpoints:
         if checkpoint is None:
             raise CheckpointError(f"there is no checkpoint in {self.folder} yet")
         return checkpoint
+
+    def _put_aside(self, step: int) -> None:
+        """Keeps a checkpoint until another one of the same step is written."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced.mkdir()
+            (self.folder / str(step)).rename(self._replaced / str(step))
+        multihost_utils.sync_global_devices("put aside")
+        self._manager.reload()
 
     def _set_error(self, step: int, error: float | None) -> None:
         self._errors.pop(step, None)
@@ -166,10 +185,20 @@ class Checkpoints:
         """Restores one item, given by its name."""
         self.wait()
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**item))
-            return dict(read[next(iter(item))])
+            with contextlib.ExitStack() as stack:
+                manager = self._manager
+                if step not in manager.all_steps():
+                    manager = stack.enter_context(_Manager(self._replaced.absolute()))
+                read = manager.restore(step, args=ocp.args.Composite(**item))
+                return dict(read[next(iter(item))])
         except Exception as error:  # a damaged file makes Orbax raise anything
             raise CheckpointError(f"the checkpoint of step {step} cannot be read") from error
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: only a run may ask JAX whether to end, for it counts who asks how often."""
+        return False
 
 
 class _LastTwoAndBest(PreservationPolicy):
@@ -191,7 +220,7 @@ def _writing() -> Iterator[None]:
     except jax.errors.JaxRuntimeError:  # another process is gone
         raise
     except Exception as error:  # a full disk makes Orbax raise anything
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(f"a checkpoint cannot be written: {reason}") from error
 
 

@@ -1,6 +1,8 @@
 """Devices: the mesh, and where arrays lie on it."""
 
 import os
+import socket
+import time
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ AXIS = "data"
 
 # Seconds without a sign of life after which a process counts as dead, and the others end.
 _SILENCE = 30
+# Seconds to wait for process 0, as long as JAX waits for the others.
+_PATIENCE = 300
 
 
 def connect(
@@ -25,23 +29,42 @@ def connect(
       process_id: which one this is, from 0.
 
     Raises:
-      ValueError: in words, if the others cannot be found or reached.
+      ValueError: in words, if no launcher tells who the others are, or process 0 cannot be reached
+        within 5 minutes. One that waits in vain for others than process 0 is aborted by JAX.
 
     References:
       `jax.distributed.initialize`.
     """
+    if coordinator is not None and process_id:
+        _wait_for(coordinator)
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
         )
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
         if coordinator is not None:
             raise ValueError(f"process {process_id} cannot join {coordinator}: {reason}") from error
         raise ValueError(
-            "no launcher that JAX knows (SLURM, Open MPI, a TPU pod) started this process: "
+            "the launcher (SLURM, Open MPI, a TPU pod) does not say who the other processes are: "
             f"give --coordinator, --num-processes and --process-id ({reason})"
         ) from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Waits until somebody listens there; JAX alone would abort the process after a while."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"process 0 cannot be reached at {coordinator} since {_PATIENCE} s: {error}"
+                ) from error
+            time.sleep(0.1)
 
 
 def agree(what: str, value: int) -> None:

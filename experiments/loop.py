@@ -33,7 +33,7 @@ class Diverged(ArithmeticError):
 
 
 class Stopped(SystemExit):
-    """A signal came during an evaluation."""
+    """A signal came during an evaluation; it ends the run, after a checkpoint while it trains."""
 
 
 class Figures(NamedTuple):
@@ -97,19 +97,16 @@ class Runner:
         rows: list[dict[str, Any]] = [*run_folder.read_rows(folder)[:done]]
         seconds = notes.get("seconds", 0.0)
         with start.checkpoints(folder) as checkpoints, self._signals:
-            if self._signals.stop_before(int(state.step) + 1):
+            if self._signals.stop():
                 self._end(checkpoints, state, seconds)
             for epoch in range(done, epochs):
                 state, seconds = self._epoch(epoch, state, seconds, checkpoints)
                 held_out = plan.validation_indices
                 try:
-                    validation = self.evaluate(state.params, held_out) if len(held_out) else None
-                    test = self.evaluate(state.params)
+                    validation = self.evaluate(state, held_out) if len(held_out) else None
+                    test = self.evaluate(state)
                 except Stopped:
                     self._end(checkpoints, state, seconds)
-                for split, figures in (("validation", validation), ("test", test)):
-                    if figures is not None:
-                        _require_finite_losses(state.step, figures, f"{split} ")
                 rows.append(self._row(epoch, state, validation, test, seconds))
                 # The row before its checkpoint: a run killed between them does the end of the
                 # epoch again, and its row; the other way round the row would be lost.
@@ -119,7 +116,7 @@ class Runner:
                 zeros = jax.device_put(Metrics.zeros(), sharding.replicated(plan.mesh))
                 state, seconds = state._replace(sums=zeros), 0.0
                 error = validation.error / 100 if validation else None
-                checkpoints.save(state, {"seconds": seconds}, error)
+                self._save(checkpoints, state, seconds, error)
                 print(_summary(rows[-1], epochs), flush=True)
             if len(plan.validation_indices):
                 checkpoints.wait()
@@ -128,17 +125,22 @@ class Runner:
                 state, test = fill(state, best.arrays), None
         if self._signals.stop():  # after the last evaluation: --resume tells the result
             raise SystemExit(self._signals.status)
-        return state, test or self.evaluate(state.params)
+        return state, test or self.evaluate(state)
 
-    def evaluate(self, params: Any, train_indices: np.ndarray | None = None) -> Figures:
-        """Evaluates on the test images, or on some of the training images."""
+    def evaluate(self, state: TrainState, train_indices: np.ndarray | None = None) -> Figures:
+        """Evaluates on the test images, or on some of the training images for validation.
+
+        Raises:
+          Diverged: if a loss is not finite.
+          Stopped: after a signal, between two batches.
+        """
         images, labels = self._test_set if train_indices is None else self._train_set
         indices = np.arange(len(labels), dtype=np.int32) if train_indices is None else train_indices
         size = self.plan.settings.recipe.batch_size
         filled = -len(indices) % size  # the last batch is filled up with images that do not count
         batches = np.pad(indices, (0, filled)).reshape(-1, size)
         counts = (np.arange(batches.size) < len(indices)).reshape(batches.shape)
-        params = jax.device_put(params, sharding.replicated(self.plan.mesh))
+        params = jax.device_put(state.params, sharding.replicated(self.plan.mesh))
         results = []
         for batch, counted in zip(batches, counts, strict=True):
             if self._signals.stop():
@@ -148,7 +150,10 @@ class Runner:
             jax.block_until_ready(results[-1 - self._in_flight :][0])
         metrics, classes = zip(*jax.device_get(results), strict=True)
         sums = Metrics(*(sum(values) for values in zip(*metrics, strict=True)))
-        return Figures.of(sums, np.concatenate(classes)[: len(indices)])
+        figures = Figures.of(sums, np.concatenate(classes)[: len(indices)])
+        split = "test" if train_indices is None else "validation"
+        _require_finite_losses(state.step, figures, f"{split} ")
+        return figures
 
     def _epoch(
         self,
@@ -170,8 +175,7 @@ class Runner:
                 if len(in_flight) > self._in_flight:
                     self._read(in_flight.popleft(), bar)
                 ends, due = number == plan.steps, number % every == 0
-                stop = self._signals.stop(epoch * plan.steps + number)
-                # A state is saved only after every step that led to it was found finite.
+                stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
                 if number == first + 1:  # compiled, or evaluated, before it
@@ -180,12 +184,26 @@ class Runner:
                 if stop:
                     self._end(checkpoints, state, seconds)
                 if due and not ends:
-                    checkpoints.save(state, {"seconds": seconds})
+                    self._save(checkpoints, state, seconds)
         return state, seconds
+
+    def _save(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        seconds: float,
+        validation_error: float | None = None,
+    ) -> None:
+        """Saves a state that is finite: its own step has looked at what it began with."""
+        arrays = dict(named_leaves(jax.device_get(state)))
+        bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+        if bad:
+            raise Diverged(f"step {state.step}: not finite after it: {', '.join(bad)}")
+        checkpoints.save(state, {"seconds": seconds}, validation_error)
 
     def _end(self, checkpoints: Checkpoints, state: TrainState, seconds: float) -> NoReturn:
         """Ends the run after a signal, with a checkpoint."""
-        checkpoints.save(state, {"seconds": seconds})
+        self._save(checkpoints, state, seconds)
         checkpoints.wait()
         raise SystemExit(self._signals.status)
 

@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
     machine.prepare()
     settings = parse(args, presets)
     with refusals():
-        processes.join(settings.processes, testing=settings.run.testing)
+        processes.join(settings.processes)
     with processes.end_together():
         run_experiment(settings, presets)
 
@@ -58,7 +58,7 @@ def finish(runner: Runner, folder: Path, state: TrainState, notes: dict[str, Any
     """Trains from a state to the last epoch, or only tests it, and leaves weights and pictures."""
     plan, run = runner.plan, runner.plan.settings.run
     if run.testing:
-        test = runner.evaluate(state.params)
+        test = runner.evaluate(state)
         print(f"test loss: {test.loss(plan.recipe.lam_recon):.6f}")
     else:
         state, test = runner.train(folder, state, notes)

@@ -1,6 +1,7 @@
 """All that a run fixes before its first step."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from capsjax.nn import CapsNet
 from capsjax.presets import Preset
 from capsjax.train import Recipe, TrainState, create
 from settings import Images, Settings
+from settings import Recipe as Flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,61 +54,26 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
     Raises:
       ValueError: in words, if the settings do not fit the images or the devices.
     """
-    images, recipe = settings.images, settings.recipe
-    dataset = data.load(images.dataset, images.data_dir, download=images.download)
-    height, width, channels = dataset.image_shape
-    classes = len(dataset.class_names)
-    print(f"data      {dataset.source}")
-    print(
-        f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
-        f"{height}×{width}×{channels} in {classes} classes"
-    )
-    if recipe.shift_pixels >= min(height, width):
-        raise ValueError(
-            f"--shift-pixels {recipe.shift_pixels} would move images of {height}×{width} pixels "
-            "out of sight"
-        )
-    train, held_out = _split(len(dataset.y_train), images, recipe.seed)
-    if images.train_size or images.validation:  # the devices hold only what is used
-        used = np.concatenate([train, held_out])
-        dataset = dataclasses.replace(
-            dataset, x_train=dataset.x_train[used], y_train=dataset.y_train[used]
-        )
-    numbers = np.arange(len(train) + len(held_out), dtype=np.int32)
-    train_indices, validation_indices = np.split(numbers, [len(train)])
-    steps = len(train_indices) // recipe.batch_size
+    dataset, train_indices, validation_indices = _load(settings)
+    steps = len(train_indices) // settings.recipe.batch_size
     if not steps:
         raise ValueError(
-            f"--batch-size {recipe.batch_size}: there are {len(train_indices)} images to train on"
+            f"--batch-size {settings.recipe.batch_size}: there are {len(train_indices)} images to "
+            "train on"
         )
-    mesh = sharding.make_mesh(recipe.batch_size, settings.run.devices)
+    mesh = sharding.make_mesh(settings.recipe.batch_size, settings.run.devices)
     print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
-
-    per_image = preset.recon_per_pixel * height * width * channels
-    per_epoch = (preset.lr_total_decay or 1) ** (1 / recipe.epochs)
-    lam_recon = per_image if recipe.lam_recon is None else recipe.lam_recon
-    lr_decay = per_epoch if recipe.lr_decay is None else recipe.lr_decay
-    recipe = dataclasses.replace(recipe, lam_recon=lam_recon, lr_decay=lr_decay)
+    lam_recon, lr_decay = _rates(settings.recipe, preset, dataset)
+    recipe = dataclasses.replace(settings.recipe, lam_recon=lam_recon, lr_decay=lr_decay)
     # optax takes the end of a rate that does not decay for its ceiling.
     floor = min(preset.lr_floor, recipe.lr) if lr_decay < 1 else None
     schedule = optax.exponential_decay(
         recipe.lr, steps, lr_decay, staircase=preset.lr_staircase, end_value=floor
     )
-    optimizer = optax.adam(schedule)
-
-    def draw() -> tuple[nnx.GraphDef, TrainState]:
-        model = CapsNet(
-            dataset.image_shape,
-            classes,
-            recipe.routings,
-            **dataclasses.asdict(preset.model),
-            rngs=nnx.Rngs(recipe.seed),
-        )
-        return create(model, optimizer)
-
-    file = settings.run.network
+    optimizer, file = optax.adam(schedule), settings.run.network
     if file is None:
-        graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
+        # One compilation instead of one for each kind of array.
+        graphdef, state = jax.jit(lambda: create(_draw(recipe, preset, dataset), optimizer))()
     else:
         graphdef, state = create(_read(file, dataset, recipe.routings), optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -123,6 +90,52 @@ def make_plan(settings: Settings, preset: Preset) -> tuple[Plan, TrainState]:
         steps,
     )
     return plan, state
+
+
+def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
+    """The images, and which of the training images are trained on and which held out."""
+    images, recipe = settings.images, settings.recipe
+    dataset = data.load(images.dataset, images.data_dir, download=images.download)
+    height, width, channels = dataset.image_shape
+    print(f"data      {dataset.source}")
+    print(
+        f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
+        f"{height}×{width}×{channels} in {len(dataset.class_names)} classes"
+    )
+    if recipe.shift_pixels >= min(height, width):
+        raise ValueError(
+            f"--shift-pixels {recipe.shift_pixels} would move images of {height}×{width} pixels "
+            "out of sight"
+        )
+    train, held_out = _split(len(dataset.y_train), images, recipe.seed)
+    if images.train_size or images.validation:  # the devices hold only what is used
+        used = np.concatenate([train, held_out])
+        dataset = dataclasses.replace(
+            dataset, x_train=dataset.x_train[used], y_train=dataset.y_train[used]
+        )
+    numbers = np.arange(len(train) + len(held_out), dtype=np.int32)
+    train, held_out = np.split(numbers, [len(train)])
+    return dataset, train, held_out
+
+
+def _rates(flags: Flags, preset: Preset, dataset: data.Dataset) -> tuple[float, float]:
+    """The weight of the reconstruction and the decay of the learning rate, by flag or preset."""
+    per_image = preset.recon_per_pixel * math.prod(dataset.image_shape)
+    per_epoch = (preset.lr_total_decay or 1) ** (1 / flags.epochs)
+    lam_recon = per_image if flags.lam_recon is None else flags.lam_recon
+    lr_decay = per_epoch if flags.lr_decay is None else flags.lr_decay
+    return lam_recon, lr_decay
+
+
+def _draw(flags: Flags, preset: Preset, dataset: data.Dataset) -> CapsNet:
+    """A new network for these images."""
+    return CapsNet(
+        dataset.image_shape,
+        len(dataset.class_names),
+        flags.routings,
+        **dataclasses.asdict(preset.model),
+        rngs=nnx.Rngs(flags.seed),
+    )
 
 
 def _read(file: Path, dataset: data.Dataset, routings: int) -> CapsNet:

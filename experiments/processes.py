@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,23 +12,24 @@ import jax
 from capsjax import sharding
 from settings import Processes
 
-_IN_STEP = (None, 0, 130, 143)  # exit statuses that all processes come to after the same step
+_IN_STEP = (130, 143)  # exit statuses that all processes come to after the same step
 
 
-def join(processes: Processes, *, testing: bool) -> None:
+def join(processes: Processes) -> None:
     """Joins the others, if there are any; of several processes the first speaks for all.
-
-    Args:
-      processes: which of them this is.
-      testing: nothing is to be saved, so SIGTERM ends it at once.
 
     Raises:
       ValueError: in words, if they cannot be found or reached.
     """
-    if testing:
-        jax.config.update("jax_enable_preemption_service", False)
     if processes.distributed or processes.coordinator is not None:
+        where = f"at {processes.coordinator}" if processes.coordinator else "of the launcher"
+        print(f"waits for the other processes {where}", file=sys.stderr)
+        # While it waits, JAX would not let Python see Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
         sharding.connect(processes.coordinator, processes.num_processes, processes.process_id)
+        signal.signal(signal.SIGINT, before)
+        if jax.process_count() == 1:  # JAX's service has SIGTERM now, and nobody asks it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
 
@@ -61,8 +63,9 @@ def end_together() -> Iterator[None]:
 
 def _lost(error: Exception) -> str:
     causes = [e for e in (error.__context__, error) if e is not None]  # a full disk, say, is first
+    reasons = "; ".join(str(e).partition("\n")[0] for e in causes)
     return (
-        f"error: process {jax.process_index()} of {jax.process_count()} lost another one: "
-        f"{'; '.join(str(e).splitlines()[0] for e in causes)}\n"
+        f"error: process {jax.process_index()} of {jax.process_count()} failed or lost another "
+        f"one: {reasons}\n"
         "what was saved before is kept; go on with --resume in all"
     )

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -59,13 +60,18 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
       ValueError: if a living process is in it.
     """
-    lock = FileLock(folder / ".lock")
+    # The soft one is a file, which would outlive a process that is killed.
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(
             f"{folder} is in use by another process: wait for its end, or name another folder"
         ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        print(f"{folder} is on a file system without locks: nothing keeps another run out of it")
     try:
         yield
     finally:
@@ -99,18 +105,32 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not (isinstance(config, dict) and {"settings", "data"} <= config.keys()):
-        raise ValueError(f"{path} is damaged: it must hold settings and data")
+    try:
+        _ = config["settings"]["recipe"]["epochs"], config["data"]["crc32"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it must hold settings and data") from error
     return config
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, an epoch each; none if there is no such file yet."""
+    """The rows of metrics.csv, an epoch each; none if there is no such file yet.
+
+    Raises:
+      ValueError: if they are not what `write_rows` wrote.
+    """
     path = folder / "metrics.csv"
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        # With the mark that spreadsheets put before UTF-8, or without.
+        table = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        rows = list(table)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    uneven = any(None in row or None in row.values() for row in rows)
+    if uneven or tuple(table.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path} is damaged: its columns must be {', '.join(COLUMNS)}")
+    return rows
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -149,5 +169,3 @@ def _write(path: Path, write: Callable[[TextIO], None]) -> None:
     """Writes beside the file, then takes its place: a reader never sees half of it."""
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())

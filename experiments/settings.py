@@ -132,8 +132,9 @@ class Processes:
             case None, None, None:
                 return
             case str(coordinator), int(n), int(i):
-                _, _, port = coordinator.rpartition(":")
-                _require(port.isdecimal(), "coordinator", "HOST:PORT", coordinator)
+                host, _, port = coordinator.rpartition(":")
+                known = host and port.isdecimal() and 0 < int(port) < 2**16
+                _require(bool(known), "coordinator", "HOST:PORT", coordinator)
                 _require(n >= 1, "num_processes", "1 or more", n)
                 _require(0 <= i < n, "process_id", f"from 0 to {n - 1}", i)
             case _:

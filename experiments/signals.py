@@ -9,16 +9,17 @@ from tqdm import tqdm
 
 
 class StopSignals:
-    """Collects SIGINT and SIGTERM while it is entered; a second one ends the process at once.
+    """Collects SIGINT and SIGTERM while it is entered; a SIGINT after one ends the process at once.
 
-    Of several processes that train together, each may get its signal in another step. All have to
-    end after the same one, since none can do a step without the others: JAX's coordination service
-    catches SIGTERM in each, and finds a step that none has done yet.
+    Of several processes that train together, each may get its signal at another moment. All have to
+    end at the same one, since none can do a step without the others: JAX's coordination service
+    catches SIGTERM in each, and finds a moment that none has come to yet.
     """
 
     def __init__(self) -> None:
         self._together = jax.process_count() > 1
         self._received: int | None = None
+        self._asked = 0
 
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
@@ -29,18 +30,12 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def stop(self, step: int | None = None) -> bool:
-        """Whether to end now: after `step`, or, as one process alone can, between steps."""
-        if self._together and step is not None:
-            return multihost_utils.reached_preemption_sync_point(step)  # Orbax asks so, too
-        return self._received is not None and not self._together
-
-    def stop_before(self, first: int) -> bool:
-        """Whether to end before the first step that this process does, its number.
-
-        The service compares numbers, so those that a resumed run leaves out have to be called, too.
-        """
-        return any(self.stop(step) for step in range(1, first)) if self._together else self.stop()
+    def stop(self) -> bool:
+        """Whether to end now; all processes ask at the same moments, for these are counted."""
+        if not self._together:
+            return self._received is not None
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     @property
     def status(self) -> int:
@@ -48,11 +43,9 @@ class StopSignals:
         return 128 + (self._received or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         self._received = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handlers would wait for the step
         if self._together:
             signal.raise_signal(signal.SIGTERM)
-        when = "a coming step of all" if self._together else "this step"
-        tqdm.write(f"{signal.Signals(number).name}: ends after {when}, with a checkpoint")
+        when = "soon, with all others," if self._together else "after this step,"
+        tqdm.write(f"{signal.Signals(number).name}: ends {when} with a checkpoint")

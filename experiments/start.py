@@ -91,6 +91,7 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
     config = run_folder.read_config(folder)
     if config["data"]["crc32"] != plan.fingerprint():
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
+    run_folder.read_rows(folder)  # refused now, not after an epoch
     with checkpoints(folder) as saved:
         checkpoint = saved.last()
     epochs, notes = plan.settings.recipe.epochs, {}

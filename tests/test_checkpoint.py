@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -214,6 +216,24 @@ def test_saving_a_step_again_replaces_it_and_its_error(tmp_path, waits):
     assert kept(tmp_path) == [1, 2]
 
 
+def test_a_step_saved_again_without_success_is_still_there(saved, monkeypatch):
+    folder = saved((1, 0.1), (2, 0.2))
+    changed = small(2)._replace(params={"kernel": np.ones((2, 2), np.float32)})
+    with monkeypatch.context() as patch, Checkpoints(folder) as checkpoints:
+        patch.setattr(checkpoints._manager, "save", mock.Mock(side_effect=OSError("no space")))
+        with pytest.raises(CheckpointError, match="a checkpoint cannot be written: no space"):
+            checkpoints.save(changed, {})
+    for _ in range(2):  # to read it does not change it
+        with Checkpoints(folder) as checkpoints:
+            assert is_of(last(checkpoints), small(2))
+            assert last(checkpoints).notes == NOTES
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(changed, {})
+    with Checkpoints(folder) as checkpoints:
+        assert is_of(last(checkpoints), changed)
+    assert kept(folder) == [1, 2]
+
+
 def damaged(path: Path, kind: str) -> None:
     content = path.read_bytes()
     if kind == "missing":
@@ -334,6 +354,14 @@ def test_fill_names_the_first_array_that_differs(tmp_path):
     ):
         with pytest.raises(WeightsError, match=f"weights of another network: {message}"):
             fill(ours, arrays(theirs), "params.")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_fill_refuses_what_is_not_finite(value, dtype):
+    ours = {"conv1": {"kernel": np.zeros((2, 3), dtype)}}
+    with pytest.raises(WeightsError, match=r"conv1\.kernel holds values that are not finite"):
+        fill(ours, {"conv1.kernel": np.array([[0, 1, 2], [3, value, 5]], dtype)})
 
 
 def test_fill_gives_each_leaf_the_dtype_of_its_place():

@@ -3,6 +3,7 @@ on, and how it stops."""
 
 import contextlib
 import csv
+import errno
 import functools
 import io
 import json
@@ -718,11 +719,11 @@ def test_a_signal_during_an_evaluation_ends_the_run_and_the_evaluation_is_done_a
 ):
     evaluate, calls = loop.Runner.evaluate, []
 
-    def interrupted(self, params, train_indices=None):
+    def interrupted(self, state, train_indices=None):
         calls.append(train_indices)
         if len(calls) == call:
             signal.raise_signal(signal.SIGTERM)
-        return evaluate(self, params, train_indices)
+        return evaluate(self, state, train_indices)
 
     with mock.patch.object(loop.Runner, "evaluate", interrupted):
         ended = start(validation=10)
@@ -878,6 +879,14 @@ def changed_config(change):
     return damage
 
 
+def damaged_rows(content):
+    def damage(folder):
+        (folder / "metrics.csv").write_bytes(content)
+        return {"resume": folder}
+
+    return damage
+
+
 def other_images(**changed):
     def flags(folder):
         path = write_images(folder.parent / "other.npz", **changed)
@@ -917,6 +926,13 @@ TALL = {
         (damaged_config("[]"), ["config.json is damaged"]),
         (damaged_config('{"settings": {}}'), ["config.json is damaged"]),
         (changed_config(lambda c: c["settings"].pop("run")), ["config.json is damaged", "'run'"]),
+        (changed_config(lambda c: c["data"].pop("crc32")), ["config.json is damaged"]),
+        (
+            damaged_rows(b"epoch;step\r\n1;6\r\n"),
+            ["metrics.csv is damaged", "epoch, step,"],
+        ),
+        (damaged_rows(b""), ["metrics.csv is damaged"]),
+        (damaged_rows(b"\xff\xfe"), ["metrics.csv is damaged"]),
         (
             changed_config(lambda c: c["settings"]["recipe"].update(depth=3)),
             ["config.json is damaged", "'depth'"],
@@ -1020,6 +1036,23 @@ def test_a_folder_in_use_by_a_living_process_is_refused_until_it_dies(start, pla
     assert experiment(resume=copied, epochs=4).status == 0  # and it lets go when it ends
 
 
+def test_a_file_system_without_locks_is_no_reason_to_stop(start, monkeypatch):
+    def no_lock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    ended = start(epochs=1)
+    assert ended.status == 0
+    assert "on a file system without locks" in ended.out
+
+
+def test_rows_that_a_spreadsheet_wrote_are_read(copied):
+    path = copied / "metrics.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert experiment(resume=copied, epochs=3).status == 0
+    assert [row["epoch"] for row in rows_of(copied)] == ["1", "2", "3"]
+
+
 # How it stops.
 
 
@@ -1090,14 +1123,30 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(start, quantity, va
     assert steps_in(ended.folder) == [4, STEPS]
 
 
-def test_a_learning_rate_far_too_large_stops_the_run_for_real(start):
-    ended = start(lr=1e30, checkpoint_steps=1)
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("lr", [1e30, 1e39])
+def test_a_learning_rate_far_too_large_stops_the_run_for_real(start, lr):
+    ended = start(lr=lr, checkpoint_steps=1)
     assert ended.status == 1
     match = re.match(r"error: step (\d+): (the (margin|reconst)|not finite)", ended.err)
     assert match
-    kept = arrays_of(ended.folder)
-    assert kept["step"] < int(match[1])
-    assert all(np.isfinite(array).all() for array in kept.values())
+    assert steps_in(ended.folder) == list(range(1, int(match[1])))[-2:]
+    if int(match[1]) > 1:
+        assert all(np.isfinite(array).all() for array in arrays_of(ended.folder).values())
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_weights_that_overflow_are_no_result(trained, tmp_path):
+    net = weights.load(trained().folder / "weights.safetensors")
+    net.conv1.kernel[...] = net.conv1.kernel[...] + 3e38
+    weights.save(net, tmp_path / "huge.safetensors")
+    data_dir = write_images(tmp_path / "tiny.npz")
+    ended = experiment(
+        weights=tmp_path / "huge.safetensors", testing=True, data_dir=data_dir, save_dir=tmp_path
+    )
+    assert ended.status == 1
+    assert re.match(r"error: step 0: the test \w+ loss is (nan|inf)", ended.err)
+    assert "test error" not in ended.out
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -1105,10 +1154,13 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_before_its_checkpoint(st
     evaluate = loop.Runner.evaluate
     calls = []
 
-    def spoiled(self, params, train_indices=None):
+    def spoiled(self, state, train_indices=None):
         calls.append("test" if train_indices is None else "validation")
-        figures = evaluate(self, params, train_indices)
-        return figures._replace(margin=np.nan) if calls.count(split) == 2 else figures
+        if calls[-1] == split and calls.count(split) == 2:
+            run = self._evaluate
+            spoil = lambda metrics, classes: (metrics._replace(margin=np.nan), classes)  # noqa: E731
+            self._evaluate = lambda *args: spoil(*run(*args))
+        return evaluate(self, state, train_indices)
 
     with mock.patch.object(loop.Runner, "evaluate", spoiled):
         ended = start(validation=10)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from test_survival import SLOWLY, wait_for_steps
 from tiny_run import (
     arrays_of,
     command_line,
+    environment_of,
     images,
     params_of,
     rows_of,
@@ -42,13 +42,7 @@ def folder(tmp_path_factory):
 def start(folder):
     """Starts the experiment in `n` processes of one device each."""
     data = write_images(folder / "tiny.npz")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "PYTHONUNBUFFERED": "1",
-        "HOME": str(folder / "home"),
-        "XDG_CACHE_HOME": str(folder / "home" / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = environment_of(folder / "home")
 
     @contextlib.contextmanager
     def start(
@@ -121,6 +115,10 @@ def unbroken(start, folder):
     return folders
 
 
+def wait_for_line(start: str, process: subprocess.Popen) -> None:
+    assert any(line.startswith(start) for line in process.stdout)
+
+
 def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """The distance of two sets of arrays over the length of one."""
     assert ours.keys() == theirs.keys()
@@ -156,12 +154,10 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
     with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
         wait_for_steps(save_dir, STEPS + 2, processes[1 - killed])
         processes[killed].kill()
-        begin = time.monotonic()
         (status, _, err) = outcome([processes[1 - killed]], timeout=60)[0]
-        assert time.monotonic() - begin < 60
     # Whichever is first: the step that fails here, or JAX's service, which aborts the process.
     assert status in (1, -signal.SIGABRT)
-    assert re.search("error: process . of 2 lost another one|another task died", err), err
+    assert re.search("error: process . of 2 failed or lost another one|another task died", err), err
     assert "Traceback" not in err
     assert STEPS + 2 <= steps_in(save_dir)[-1] < EPOCHS * STEPS
     alone = folder / f"killed-{killed}-alone"
@@ -204,6 +200,27 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
     assert rows_of(save_dir) == rows_of(unbroken[2])
 
 
+def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, folder, unbroken):
+    save_dir = folder / "evaluation"
+    shutil.copytree(unbroken[2], save_dir)
+    with start(2, 0.5, resume=save_dir, epochs=EPOCHS + 1) as processes:
+        wait_for_line("evaluates", processes[0])
+        processes[0].send_signal(signal.SIGTERM)
+        assert [status for status, *_ in outcome(processes, timeout=60)] == [143, 143]
+    assert steps_in(save_dir)[-1] == (EPOCHS + 1) * STEPS
+    with start(2, resume=save_dir) as processes:
+        assert outcome(processes)[0][0] == 0
+    assert [row["epoch"] for row in rows_of(save_dir)] == [str(n + 1) for n in range(EPOCHS + 1)]
+
+
+def test_one_process_alone_ends_by_a_signal_before_its_first_step(start, folder):
+    with start(1, 0.2, save_dir=folder / "alone", slurm=True) as processes:
+        wait_for_line("data", processes[0])
+        processes[0].send_signal(signal.SIGTERM)
+        status, _, _ = outcome(processes, timeout=60)[0]
+    assert status == -signal.SIGTERM
+
+
 def test_a_batch_that_the_devices_do_not_divide_ends_all_in_words(start, folder):
     with start(2, save_dir=folder / "odd", batch_size=15) as processes:
         results = outcome(processes, timeout=120)
@@ -235,9 +252,7 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(start, fold
     shutil.copytree(unbroken[2], save_dir)
     resumed = {"resume": save_dir, "epochs": EPOCHS + 2}
     with start(2, 0.2, **resumed) as processes:
-        for line in processes[0].stdout:
-            if line.startswith("[Gloo]"):
-                break
+        wait_for_line("[Gloo]", processes[0])
         processes[1].send_signal(signal.SIGTERM)
         assert [status for status, *_ in outcome(processes, timeout=120)] == [143, 143]
     assert steps_in(save_dir)[-1] < (EPOCHS + 2) * STEPS
@@ -261,5 +276,7 @@ def test_distributed_without_a_launcher_is_refused_in_words(start, folder):
     with start(1, save_dir=folder / "none", distributed=True) as processes:
         status, _, err = outcome(processes, timeout=120)[0]
     assert status == 2
-    assert re.match("error: no launcher that JAX knows .* started this process: give --coord", err)
-    assert err.count("\n") == 1
+    assert re.search(
+        "^error: the launcher .* does not say .* processes are: give --coord", err, re.M
+    )
+    assert err.count("\n") == 2

@@ -199,6 +199,14 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
             ["--coordinator must be HOST:PORT, got host"],
         ),
         (
+            {"coordinator": ":5000", "num_processes": 2, "process_id": 0},
+            ["--coordinator must be HOST:PORT, got :5000"],
+        ),
+        (
+            {"coordinator": "host:65536", "num_processes": 2, "process_id": 0},
+            ["--coordinator must be HOST:PORT, got host:65536"],
+        ),
+        (
             {"coordinator": "host:1", "num_processes": 2, "process_id": 2},
             ["--process-id must be from 0 to 1, got 2"],
         ),

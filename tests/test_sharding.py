@@ -2,6 +2,7 @@
 
 import functools
 import re
+import socket
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -136,6 +137,22 @@ def test_processes_that_train_together_use_all_their_devices(monkeypatch):
         make_mesh(100)
     with pytest.raises(ValueError, match="4 devices asked for, but 8 of all processes take part"):
         make_mesh(16, 4)
+
+
+def test_a_process_that_nobody_waits_for_says_so(monkeypatch):
+    monkeypatch.setattr(sharding, "_PATIENCE", 0.3)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"process 0 cannot be reached at {coordinator}"):
+            sharding.connect(coordinator, 2, 1)
+
+
+def test_a_launcher_that_says_too_little_is_an_error_in_words(monkeypatch):
+    fail = mock.Mock(side_effect=RuntimeError("Open MPI 5 requires mpi4py\n"))
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError, match=r"the launcher .* --coordinator.*requires mpi4py\)$"):
+        sharding.connect()
 
 
 def test_processes_agree_or_end():

@@ -18,6 +18,7 @@ from tiny_run import (
     STEPS,
     arrays_of,
     command_line,
+    environment_of,
     rows_of,
     same_bits,
     steps_in,
@@ -27,15 +28,21 @@ from tiny_run import (
 pytestmark = pytest.mark.slow
 
 EPOCHS = 4
-# A step that takes this long leaves time to send a signal while it runs.
+# Steps and evaluations that take this long leave time to send a signal while they run.
 SLOWLY = """
 import sys, time
 import loop, mnist, tiny_run
 jit_steps = loop.jit_steps
-def slow(recipe, mesh):
+def slowly(step, name):
+    def slow(*args):
+        print(name, flush=True)
+        time.sleep({seconds})
+        return step(*args)
+    return slow
+def slow_steps(recipe, mesh):
     train, evaluate = jit_steps(recipe, mesh)
-    return lambda *args: (time.sleep({seconds}), train(*args))[1], evaluate
-loop.jit_steps = slow
+    return slowly(train, "trains"), slowly(evaluate, "evaluates")
+loop.jit_steps = slow_steps
 mnist.main(sys.argv[1:], tiny_run.PRESETS)
 """
 
@@ -49,13 +56,7 @@ def folder(tmp_path_factory):
 def run(folder):
     """Starts the experiment in a process of its own, one device, slowed down or not."""
     images = write_images(folder / "tiny.npz")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "PYTHONUNBUFFERED": "1",
-        "HOME": str(folder / "home"),
-        "XDG_CACHE_HOME": str(folder / "home" / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = environment_of(folder / "home")
 
     @contextlib.contextmanager
     def run(seconds=0.0, resume=None, before=(), **flags) -> Iterator[subprocess.Popen]:
@@ -102,6 +103,12 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def newest(folder: Path) -> int:
+    """The step of a run's last whole checkpoint, 0 without any."""
+    names = [path.name for path in folder.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def finish(run, folder: Path, unbroken: Path) -> None:
@@ -160,20 +167,24 @@ def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
-    undisturbed, killed = folder / "eight-epochs", folder / "killed-often"
-    with run(save_dir=undisturbed, epochs=8) as process:
+    undisturbed, killed = folder / "ten-epochs", folder / "killed-often"
+    with run(save_dir=undisturbed, epochs=10) as process:
         assert process.wait(timeout=300) == 0
-    rng = np.random.default_rng(0)
-    for _ in range(20):
+    rng, saved = np.random.default_rng(0), [0]
+    for number in range(20):
         begun = (killed / "config.json").exists()
-        flags = {"resume": killed} if begun else {"save_dir": killed, "epochs": 8}
+        flags = {"resume": killed} if begun else {"save_dir": killed, "epochs": 10}
         # While it starts, in a step, or in the save that follows each.
         with run(1.0, **flags, **({} if begun else {"checkpoint_steps": 1})) as process:
-            time.sleep(rng.uniform(0, 8))
+            if number % 2:
+                wait_for_steps(killed, saved[-1] + 1, process)
+            time.sleep(rng.uniform(0, 3))
             process.kill()
             assert process.wait(timeout=60) == -signal.SIGKILL, process.communicate()[0]
+        saved.append(newest(killed))
+    assert len(set(saved)) > 10
     finish(run, killed, undisturbed)
-    assert [row["epoch"] for row in rows_of(killed)] == [str(n + 1) for n in range(8)]
+    assert [row["epoch"] for row in rows_of(killed)] == [str(n + 1) for n in range(10)]
 
 
 # A file system of 3 MiB that lives as long as the shell, which waits for a line at the end.

@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import functools
 import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +74,17 @@ def command_line(**flags: Any) -> list[str]:
         for flag, value in given.items()
         for word in ([flag] if value is True else [flag, str(value)])
     ]
+
+
+def environment_of(home: Path) -> dict[str, str]:
+    """Of processes that compile each step once for all of them, into a folder."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUNBUFFERED": "1",
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 @functools.cache
