@@ -221,7 +221,8 @@ def _writing() -> Iterator[None]:
         raise
     except Exception as error:  # a full disk makes Orbax raise anything
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"a checkpoint cannot be written: {reason}") from error
+        gone = " (or another process is gone)" if jax.process_count() > 1 else ""
+        raise CheckpointError(f"a checkpoint cannot be written{gone}: {reason}") from error
 
 
 def _best(errors: dict[int, float]) -> int | None:

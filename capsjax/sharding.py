@@ -37,6 +37,8 @@ def connect(
     """
     if coordinator is not None and process_id:
         _wait_for(coordinator)
+    elif coordinator is not None and _listens(coordinator) is None:  # JAX would share the port
+        raise ValueError(f"another process listens at {coordinator} already")
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
@@ -53,18 +55,23 @@ def connect(
 
 def _wait_for(coordinator: str) -> None:
     """Waits until somebody listens there; JAX alone would abort the process after a while."""
-    host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise ValueError(
-                    f"process 0 cannot be reached at {coordinator} since {_PATIENCE} s: {error}"
-                ) from error
-            time.sleep(0.1)
+    while (error := _listens(coordinator)) is not None:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"process 0 could not be reached at {coordinator} for {_PATIENCE} s: {error}"
+            ) from error
+        time.sleep(0.1)
+
+
+def _listens(address: str) -> OSError | None:
+    """None if somebody does at HOST:PORT, or else why a connection failed."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def agree(what: str, value: int) -> None:

@@ -205,6 +205,7 @@ class Runner:
         """Ends the run after a signal, with a checkpoint."""
         self._save(checkpoints, state, seconds)
         checkpoints.wait()
+        print(f"stopped   step {state.step}; --resume {checkpoints.folder.parent} goes on")
         raise SystemExit(self._signals.status)
 
     def _read(self, report: Report, bar: tqdm) -> None:

@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None, presets: Mapping[str, Preset] = PRES
     machine.prepare()
     settings = parse(args, presets)
     with refusals():
-        processes.join(settings.processes)
+        processes.join(settings.processes, testing=settings.run.testing)
     with processes.end_together():
         run_experiment(settings, presets)
 

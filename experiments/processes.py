@@ -15,15 +15,21 @@ from settings import Processes
 _IN_STEP = (130, 143)  # exit statuses that all processes come to after the same step
 
 
-def join(processes: Processes) -> None:
+def join(processes: Processes, *, testing: bool) -> None:
     """Joins the others, if there are any; of several processes the first speaks for all.
+
+    Args:
+      processes: which of them this is.
+      testing: nothing is to be saved, so SIGTERM ends it at once.
 
     Raises:
       ValueError: in words, if they cannot be found or reached.
     """
+    if testing:
+        jax.config.update("jax_enable_preemption_service", False)
     if processes.distributed or processes.coordinator is not None:
         where = f"at {processes.coordinator}" if processes.coordinator else "of the launcher"
-        print(f"waits for the other processes {where}", file=sys.stderr)
+        print(f"waits for the other processes {where}, 5 minutes at most", file=sys.stderr)
         # While it waits, JAX would not let Python see Ctrl-C.
         before = signal.signal(signal.SIGINT, signal.SIG_DFL)
         sharding.connect(processes.coordinator, processes.num_processes, processes.process_id)
@@ -67,5 +73,5 @@ def _lost(error: Exception) -> str:
     return (
         f"error: process {jax.process_index()} of {jax.process_count()} failed or lost another "
         f"one: {reasons}\n"
-        "what was saved before is kept; go on with --resume in all"
+        "what was saved before is kept; start all of them again with --resume"
     )

@@ -85,11 +85,9 @@ class Run:
     devices: int | None = None
     """Devices to split a batch over. None: the largest number that divides it."""
     resume: Path | None = None
-    """Folder of a run to go on with, with its settings; only --epochs may change, to more, and
-    --devices."""
+    """Folder of a run to go on with; only --devices and, to more, --epochs may change."""
     weights: Path | None = None
-    """Weights to start from, or to test: folder of a run, or a file (safetensors, or .pt, .pkl of
-    the widespread PyTorch code)."""
+    """Weights to start from, or to test: folder of a run, .safetensors, or PyTorch's .pt, .pkl."""
     testing: bool = False
     """Test --weights and draw its pictures, a run's with that run's settings; no training."""
 

@@ -1,11 +1,16 @@
 """SIGINT and SIGTERM, as a run takes them."""
 
 import signal
+import time
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
+
+# JAX looks for a SIGTERM once a second, and then needs all processes for a moment: one that has
+# left by then would make the others wait for it for minutes.
+_NOTICE = 2
 
 
 class StopSignals:
@@ -17,7 +22,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._together = jax.process_count() > 1
+        serves = jax.config.jax_enable_preemption_service
+        self._together = jax.process_count() > 1 and serves
         self._received: int | None = None
         self._asked = 0
 
@@ -29,6 +35,9 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._together:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_NOTICE)
 
     def stop(self) -> bool:
         """Whether to end now; all processes ask at the same moments, for these are counted."""

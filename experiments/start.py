@@ -99,6 +99,8 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
         _report(checkpoint)
         print(f"resume    step {checkpoint.step} of {epochs * plan.steps}")
         state, notes = fill(state, checkpoint.arrays), checkpoint.notes
+    else:
+        print("resume    no checkpoint yet: from the start")
     if config["settings"]["recipe"]["epochs"] != epochs and jax.process_index() == 0:
         config["settings"]["recipe"]["epochs"] = epochs
         run_folder.write_config(folder, config)

@@ -698,6 +698,7 @@ def test_a_stopped_run_goes_on_to_the_bits_and_rows_of_an_unbroken_one(
             ended = experiment(resume=resume) if resume else start(**flags)
         assert ended.status == 128 + number
         assert f"{number.name}: ends after this step, with a checkpoint" in ended.out
+        assert f"stopped   step {stop}; --resume {ended.folder} goes on\n" in ended.out
         resume = ended.folder
         assert steps_in(resume)[-1] == stop
     assert resume is not None
@@ -766,7 +767,7 @@ def test_a_run_without_a_checkpoint_yet_starts_at_step_0(start, trained, tmp_pat
         start(**flags)
     assert not steps_in(tmp_path / "run")
     resumed = experiment(resume=tmp_path / "run")
-    assert "resume " not in resumed.out
+    assert "resume    no checkpoint yet: from the start\n" in resumed.out
     assert same_bits(arrays_of(tmp_path / "run"), arrays_of(trained(**flags).folder))
     assert rows_of(tmp_path / "run") == rows_of(trained(**flags).folder)
 

@@ -213,6 +213,15 @@ def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, fo
     assert [row["epoch"] for row in rows_of(save_dir)] == [str(n + 1) for n in range(EPOCHS + 1)]
 
 
+def test_a_signal_after_the_last_evaluation_ends_all_at_once(start, folder):
+    with start(2, 1.5, save_dir=folder / "pictures", epochs=1) as processes:
+        wait_for_line("draws", processes[0])
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        results = outcome(processes, timeout=60)
+    assert [status for status, *_ in results] == [-signal.SIGTERM] * 2, results
+
+
 def test_one_process_alone_ends_by_a_signal_before_its_first_step(start, folder):
     with start(1, 0.2, save_dir=folder / "alone", slurm=True) as processes:
         wait_for_line("data", processes[0])

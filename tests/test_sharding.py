@@ -144,8 +144,15 @@ def test_a_process_that_nobody_waits_for_says_so(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"process 0 cannot be reached at {coordinator}"):
+        with pytest.raises(ValueError, match=f"process 0 could not be reached at {coordinator}"):
             sharding.connect(coordinator, 2, 1)
+
+
+def test_a_coordinators_port_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        coordinator = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"another process listens at {coordinator} already"):
+            sharding.connect(coordinator, 2, 0)
 
 
 def test_a_launcher_that_says_too_little_is_an_error_in_words(monkeypatch):

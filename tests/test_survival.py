@@ -28,7 +28,7 @@ from tiny_run import (
 pytestmark = pytest.mark.slow
 
 EPOCHS = 4
-# Steps and evaluations that take this long leave time to send a signal while they run.
+# Steps, evaluations and pictures that take this long leave time to send a signal while they run.
 SLOWLY = """
 import sys, time
 import loop, mnist, tiny_run
@@ -43,6 +43,7 @@ def slow_steps(recipe, mesh):
     train, evaluate = jit_steps(recipe, mesh)
     return slowly(train, "trains"), slowly(evaluate, "evaluates")
 loop.jit_steps = slow_steps
+mnist.write_pictures = slowly(mnist.write_pictures, "draws")
 mnist.main(sys.argv[1:], tiny_run.PRESETS)
 """
 
