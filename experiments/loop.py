@@ -72,7 +72,8 @@ class Runner:
         self._key = jax.random.key(plan.settings.recipe.seed)
         platform = plan.mesh.devices.flat[0].platform
         self._in_flight = 0 if platform == "cpu" else _IN_FLIGHT
-        self._signals = StopSignals()
+        together = jax.process_count() > 1 and not plan.settings.run.testing
+        self._signals = StopSignals(together=together)
         self._names: list[str] = []  # of the arrays of parameters
 
     def train(

@@ -4,7 +4,6 @@ import signal
 import time
 from types import FrameType
 
-import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -19,11 +18,13 @@ class StopSignals:
     Of several processes that train together, each may get its signal at another moment. All have to
     end at the same one, since none can do a step without the others: JAX's coordination service
     catches SIGTERM in each, and finds a moment that none has come to yet.
+
+    Args:
+      together: whether several processes train.
     """
 
-    def __init__(self) -> None:
-        serves = jax.config.jax_enable_preemption_service
-        self._together = jax.process_count() > 1 and serves
+    def __init__(self, *, together: bool) -> None:
+        self._together = together
         self._received: int | None = None
         self._asked = 0
 

@@ -40,13 +40,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """Starts the experiment in `n` processes of one device each."""
+    """Starts the experiment in `n` processes, of one device each or more."""
     data = write_images(folder / "tiny.npz")
     environment = environment_of(folder / "home")
 
     @contextlib.contextmanager
     def start(
-        n: int, seconds: float = 0.0, slurm: bool = False, of_second=None, **flags
+        n: int, seconds: float = 0.0, slurm=False, of_second=None, local_devices=1, **flags
     ) -> Iterator[list[subprocess.Popen]]:
         if not flags.keys() & {"resume", "testing"}:
             flags = {"data_dir": data, "epochs": EPOCHS, "batch_size": 12, **flags}
@@ -65,7 +65,9 @@ def start(folder):
                     **flags | ((of_second or {}) if number else {}),
                     process_id=None if slurm or n == 1 else number,
                 ),
-                env=environment | (slurm_environment(n, number) if slurm else {}),
+                env=environment
+                | {"JAX_NUM_CPU_DEVICES": str(local_devices)}
+                | (slurm_environment(n, number) if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -144,6 +146,15 @@ def test_processes_together_give_the_figures_of_one(start, folder, unbroken, n):
         params.append(params_of(save_dir))
     assert steps_in(save_dir) == [STEPS]
     assert 0 < apart(*params) < 1e-5
+
+
+def test_two_processes_with_two_devices_each_never_wait_for_each_other(start, folder, unbroken):
+    save_dir = folder / "two-by-two"
+    with start(2, local_devices=2, save_dir=save_dir) as processes:
+        results = outcome(processes)
+    assert [status for status, *_ in results] == [0, 0]
+    assert "devices   4 of 4 × cpu" in results[0][1]
+    np.testing.assert_allclose(losses(save_dir), losses(unbroken[1]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("killed", [0, 1], ids=["coordinator", "other"])
