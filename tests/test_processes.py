@@ -140,11 +140,12 @@ def test_processes_together_give_the_figures_of_one(start, folder, unbroken, n):
         assert (unbroken[n] / file).is_file()
     params = []
     for processes in (1, n):
-        save_dir = folder / f"five-steps-{n}-{processes}"
-        with start(processes, save_dir=save_dir, epochs=1) as started:
-            assert outcome(started)[0][0] == 0
+        save_dir = folder / f"five-steps-{processes}"
+        if not save_dir.exists():
+            with start(processes, save_dir=save_dir, epochs=1) as started:
+                assert outcome(started)[0][0] == 0
+        assert steps_in(save_dir) == [STEPS]
         params.append(params_of(save_dir))
-    assert steps_in(save_dir) == [STEPS]
     assert 0 < apart(*params) < 1e-5
 
 
@@ -187,12 +188,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
 
 @pytest.mark.parametrize(
     ("number", "to", "statuses"),
-    [
-        (signal.SIGTERM, [1], [143, 143]),
-        (signal.SIGTERM, [0, 1], [143, 143]),
-        (signal.SIGINT, [0, 1], [130, 130]),
-    ],
-    ids=["SIGTERM to one", "SIGTERM to all", "SIGINT to all"],
+    [(signal.SIGTERM, [1], [143, 143]), (signal.SIGINT, [0, 1], [130, 130])],
+    ids=["SIGTERM to one", "SIGINT to all"],
 )
 def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
     start, folder, unbroken, number, to, statuses
