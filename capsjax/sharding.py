@@ -49,7 +49,7 @@ def connect(
             raise ValueError(f"process {process_id} cannot join {coordinator}: {reason}") from error
         raise ValueError(
             "the launcher (SLURM, Open MPI, a TPU pod) does not say who the other processes are: "
-            f"give --coordinator, --num-processes and --process-id ({reason})"
+            f"give coordinator, num_processes and process_id ({reason})"
         ) from error
 
 

@@ -195,7 +195,7 @@ class Runner:
         seconds: float,
         validation_error: float | None = None,
     ) -> None:
-        """Saves a state that is finite: its own step has looked at what it began with."""
+        """Saves a state that is finite; its step has looked only at what it began with."""
         arrays = dict(named_leaves(jax.device_get(state)))
         bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         if bad:

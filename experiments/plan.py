@@ -1,6 +1,7 @@
 """All that a run fixes before its first step."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Plan:
         order = np.random.default_rng((recipe.seed, epoch)).permutation(self.train_indices)
         return order[: self.steps * recipe.batch_size].reshape(self.steps, recipe.batch_size)
 
+    @functools.cached_property
     def fingerprint(self) -> int:
         """Tells other images from the same ones."""
         data = self.dataset

@@ -39,7 +39,7 @@ def open_run(
       OSError: if the folder cannot be written.
     """
     sharding.agree("settings", zlib.crc32(json.dumps(in_common(plan.settings)).encode()))
-    sharding.agree("images", plan.fingerprint())
+    sharding.agree("images", plan.fingerprint)
     run, first = plan.settings.run, jax.process_index() == 0
     notes: dict[str, Any] = {}
     if run.weights is not None and not run.weights.is_file():
@@ -60,16 +60,21 @@ def open_run(
         run_folder.refuse_a_run(folder)
         if not run.testing:
             _begin(folder, plan, state)
-    crc = 0
-    for _, leaf in named_leaves(state):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    sharding.agree("weights", crc)  # and none goes on before the folder is ready
+    if jax.process_count() > 1:  # and none goes on before the folder is ready
+        sharding.agree("weights", _checksum(state))
     return folder, state, notes
 
 
 def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of a run."""
     return Checkpoints(folder / "checkpoints")
+
+
+def _checksum(state: TrainState) -> int:
+    crc = 0
+    for _, leaf in named_leaves(state):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
 
 
 def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
@@ -81,7 +86,7 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
     config = {
         "settings": to_json(plan.settings),
         **run_folder.provenance(),
-        "data": {"source": plan.dataset.source, "crc32": plan.fingerprint()},
+        "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
         "steps_per_epoch": plan.steps,
     }
     run_folder.write_config(folder, config)
@@ -89,7 +94,7 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
 
 def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     config = run_folder.read_config(folder)
-    if config["data"]["crc32"] != plan.fingerprint():
+    if config["data"]["crc32"] != plan.fingerprint:
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
     run_folder.read_rows(folder)  # refused now, not after an epoch
     with checkpoints(folder) as saved:

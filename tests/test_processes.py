@@ -293,7 +293,5 @@ def test_distributed_without_a_launcher_is_refused_in_words(start, folder):
     with start(1, save_dir=folder / "none", distributed=True) as processes:
         status, _, err = outcome(processes, timeout=120)[0]
     assert status == 2
-    assert re.search(
-        "^error: the launcher .* does not say .* processes are: give --coord", err, re.M
-    )
+    assert re.search("^error: the launcher .* does not say who .*: give coordinator", err, re.M)
     assert err.count("\n") == 2

@@ -158,7 +158,7 @@ def test_a_coordinators_port_that_is_taken_is_refused():
 def test_a_launcher_that_says_too_little_is_an_error_in_words(monkeypatch):
     fail = mock.Mock(side_effect=RuntimeError("Open MPI 5 requires mpi4py\n"))
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(ValueError, match=r"the launcher .* --coordinator.*requires mpi4py\)$"):
+    with pytest.raises(ValueError, match=r"the launcher .* give coordinator.*requires mpi4py\)$"):
         sharding.connect()
 
 
