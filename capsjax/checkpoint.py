@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from capsjax._named import WeightsError, named_leaves
+from capsjax._trees import WeightsError, named_leaves
 from capsjax.train import TrainState
 
 

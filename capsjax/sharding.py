@@ -1,6 +1,5 @@
 """Devices: the mesh, and where arrays lie on it."""
 
-import os
 import socket
 import time
 
@@ -8,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from capsjax._memory import host_memory
 
 AXIS = "data"
 
@@ -204,4 +205,4 @@ def _memory(device: jax.Device) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory()

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors import SafetensorError, safe_open
 
-from capsjax._files import replacing
-from capsjax._named import WeightsError, fill, named_leaves
+from capsjax._files import write_atomically
+from capsjax._trees import WeightsError, fill, named_leaves
 from capsjax.nn import CapsNet, predict
 from capsjax.presets import PRESETS
 
@@ -60,7 +60,7 @@ def save(model: CapsNet, path: str | Path) -> None:
     }
     # One entry, for several come in another order in every file.
     metadata = {"capsjax": json.dumps({**about, "crc32": _digest(arrays, about)})}
-    with replacing(Path(path)) as part:
+    with write_atomically(Path(path)) as part:
         part.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
@@ -281,7 +281,7 @@ def export(
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.float32)
     content = jax_export.export(jax.jit(function), platforms=platforms)(images).serialize()
-    with replacing(Path(path)) as part:
+    with write_atomically(Path(path)) as part:
         part.write_bytes(content)
 
 

@@ -75,7 +75,7 @@ def write_inputs(path: Path, images: int) -> None:
     from flax import nnx
 
     from capsjax import data
-    from capsjax._named import named_leaves
+    from capsjax._trees import named_leaves
 
     params = nnx.to_pure_dict(nnx.split(network())[1])
     mnist = data.load()

@@ -14,7 +14,7 @@ import run_folder
 import start
 from allocator import give_back_freed_memory
 from capsjax import sharding
-from capsjax._named import fill, named_leaves
+from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoints
 from capsjax.train import Metrics, Report, TrainState, jit_steps
 from plan import Plan

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import capsjax
 from capsjax import viz
-from capsjax._files import replacing
+from capsjax._files import write_atomically
 
 OFFSETS = np.arange(-5, 6) * 0.05  # Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4
 RECONSTRUCTED = 50  # images, as in XifengGuo/CapsNet-Pytorch
@@ -70,5 +70,5 @@ def perturbed(model: capsjax.nn.CapsNet, image: np.ndarray, offsets: np.ndarray)
 
 def write(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG: all of it or, if interrupted, nothing."""
-    with replacing(path) as part:
+    with write_atomically(path) as part:
         figure.savefig(part, format="png")

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
-from capsjax._files import replacing
+from capsjax._files import write_atomically
 
 START = "start.safetensors"  # the weights that a run began with, if it was given some
 _SPLITS = ("train", "validation", "test")
@@ -167,5 +167,5 @@ def _git_revision() -> str | None:
 
 def _write(path: Path, write: Callable[[TextIO], None]) -> None:
     """Writes beside the file, then takes its place: a reader never sees half of it."""
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with write_atomically(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         write(file)

@@ -11,7 +11,7 @@ import numpy as np
 
 import run_folder
 from capsjax import sharding, weights
-from capsjax._named import fill, named_leaves
+from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoint, Checkpoints
 from capsjax.train import TrainState, merge
 from plan import Plan

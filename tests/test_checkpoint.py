@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import tiny
-from capsjax._named import WeightsError, fill, named_leaves
+from capsjax._trees import WeightsError, fill, named_leaves
 from capsjax.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from capsjax.sharding import make_mesh, replicate, replicated
 from capsjax.train import Metrics, TrainState

@@ -38,7 +38,7 @@ import machine
 import mnist
 import run_folder
 from capsjax import train, weights
-from capsjax._named import named_leaves
+from capsjax._trees import named_leaves
 from capsjax.checkpoint import Checkpoints
 from data_files import digits, gzipped, serve, write_idx
 from plan import make_plan

@@ -1,11 +1,12 @@
 """What every source becomes: one checked set of arrays."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from capsjax._memory import host_memory
 
 # What the classes are called, if anything says so.
 Names = Sequence[str] | np.ndarray | None
@@ -100,7 +101,7 @@ def checked(
 def empty_images(count: int, shape: tuple[int, ...], where: Path | str) -> np.ndarray:
     """Room for uint8 images, refused in words where the machine cannot hold them."""
     needed = count * int(np.prod(shape, dtype=np.int64))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
     if needed > memory:
         raise DataError(
             f"{where}: {count} images of {shape} need {needed / 2**30:.1f} GiB, this machine has "
