@@ -1,10 +1,13 @@
 """Capsule networks for JAX: pure functions first, thin Flax modules over them."""
 
-from capsjax import data, nn, presets, weights
-from capsjax._decoder import decode, mask
+from capsjax import data, networks, nn, presets, tasks, weights
+from capsjax._decoder import decode, mask, perturb
 from capsjax._losses import caps_loss, margin_loss, reconstruction_loss
 from capsjax._primary import primary_capsules
 from capsjax._routing import (
+    ROUTINGS,
+    Agreement,
+    Routing,
     RoutingState,
     dense_capsules,
     predictions,
@@ -12,12 +15,19 @@ from capsjax._routing import (
     routing_state,
 )
 from capsjax._vectors import length, squash
-from capsjax.nn import Prediction, predict
+from capsjax.networks import NETWORKS, CapsNet, Network, Output, Prediction, predict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NETWORKS",
+    "ROUTINGS",
+    "Agreement",
+    "CapsNet",
+    "Network",
+    "Output",
     "Prediction",
+    "Routing",
     "RoutingState",
     "caps_loss",
     "data",
@@ -26,7 +36,9 @@ __all__ = [
     "length",
     "margin_loss",
     "mask",
+    "networks",
     "nn",
+    "perturb",
     "predict",
     "predictions",
     "presets",
@@ -35,5 +47,6 @@ __all__ = [
     "routing",
     "routing_state",
     "squash",
+    "tasks",
     "weights",
 ]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax._labels import targets
+from capsjax._labels import to_targets
 from capsjax._vectors import float_dtype, length
 
 
@@ -40,8 +40,44 @@ def mask(capsules: ArrayLike, labels: ArrayLike | None = None) -> jax.Array:
         raise ValueError(f"mask: expected capsules [..., j, d], got {list(capsules.shape)}")
     if labels is None:
         labels = jnp.argmax(length(capsules), -1)
-    kept = targets(labels, capsules.shape[:-1]).astype(capsules.dtype)
+    kept = to_targets(labels, capsules.shape[:-1]).astype(capsules.dtype)
     return (capsules * kept[..., None]).reshape(*capsules.shape[:-2], -1)
+
+
+def perturb(capsules: ArrayLike, offsets: ArrayLike) -> jax.Array:
+    """Moves one number of the class capsules at a time, by one offset after the other.
+
+    x_dnje = v_je + offsets_n · [d = e]
+
+    Args:
+      capsules: v [j, d] of one image.
+      offsets: [n], what is added to a number.
+
+    Returns:
+      x: [d, n, j, d] in the dtype of `capsules`; in x[d, n] number d is moved by offset n. A
+      decoder with a label keeps the capsule of its class.
+
+    Raises:
+      ValueError: if a shape does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, capsjax
+      >>> v = jnp.zeros((10, 16))
+      >>> capsjax.perturb(v, jnp.linspace(-0.25, 0.25, 11)).shape
+      (16, 11, 10, 16)
+
+    References:
+      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4.
+    """
+    capsules, offsets = jnp.asarray(capsules), jnp.asarray(offsets)
+    if capsules.ndim != 2 or offsets.ndim != 1:
+        raise ValueError(
+            "perturb: expected capsules [j, d] and offsets [n], got "
+            f"{list(capsules.shape)} and {list(offsets.shape)}"
+        )
+    basis = jnp.eye(capsules.shape[1], dtype=capsules.dtype)  # [d, e]
+    moves = offsets.astype(capsules.dtype)[None, :, None, None] * basis[:, None, None, :]
+    return capsules[None, None] + moves
 
 
 def decode(params: Sequence[tuple[ArrayLike, ArrayLike]], x: ArrayLike) -> jax.Array:

@@ -1,15 +1,14 @@
-"""Labels in every form that users keep them in, as one target array."""
+"""Labels: class numbers, one-hot or k-hot, as one array of targets."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 
-def targets(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def to_targets(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns labels as float32 targets T of `shape` [..., j]: 1 where class j is present.
 
-    Class numbers have the shape [...], one-hot and k-hot labels the shape [..., j]; the number of
-    axes tells them apart.
+    Class numbers have the shape [...], one-hot and k-hot labels the shape [..., j].
 
     Raises:
       ValueError: if `labels` has neither shape, or holds class numbers that are not integers.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax._labels import targets
+from capsjax._labels import to_targets
 from capsjax._vectors import at_least_float32
 
 
@@ -44,7 +44,7 @@ def margin_loss(
     lengths = at_least_float32(jnp.asarray(lengths))
     if not lengths.ndim:
         raise ValueError("margin_loss: expected lengths [..., j], got a scalar")
-    present = targets(labels, lengths.shape)
+    present = to_targets(labels, lengths.shape)
     too_short = jnp.square(jnp.maximum(0, m_plus - lengths))
     too_long = jnp.square(jnp.maximum(0, lengths - m_minus))
     return jnp.sum(present * too_short + down_weight * (1 - present) * too_long, -1)

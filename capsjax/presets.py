@@ -1,75 +1,114 @@
-"""Recipes by name: every number that a training run follows."""
+"""Recipes by name: a network's sizes and how it is trained."""
 
 import dataclasses
-from typing import Literal
+import math
 
-from capsjax._primary import Grouping
+import optax
 
-Init = Literal["uniform", "truncated_normal"]
+from capsjax._routing import Agreement
+from capsjax.networks import CapsNetConfig, NetworkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """The architecture; the keyword arguments of `capsjax.nn.CapsNet`."""
+class Training:
+    """How a network is trained; each field is a flag of the command line."""
 
-    channels: int = 256  # of the first convolution
-    kernel_size: int = 9  # of both convolutions, pixels
-    types: int = 32  # of primary capsules
-    dim_primary: int = 8
-    dim_class: int = 16
-    hidden: tuple[int, ...] = (512, 1024)  # units of the decoder's hidden layers
-    grouping: Grouping = "channels"
-    primary_coupling: float = 1.0
-    routing_bias: bool = False
-    stop_gradient: bool = True
-    init: Init = "uniform"
+    epochs: int = 50
+    """Passes over the training images."""
+    batch_size: int = 100
+    """Images per step, over all devices."""
+    lr: float = 1e-3
+    """Adam's initial learning rate."""
+    lr_decay: float | None = 0.9
+    """Factor on the learning rate per epoch. None: 0.96^150 over all epochs (paper)."""
+    lam_recon: float | None = None
+    """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
+    shift_pixels: int = 2
+    """Largest random shift of a training image in each direction, in pixels."""
+    average: float | None = None
+    """Decay of a moving average of the weights, which then replaces them in evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            check(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        check(self.shift_pixels >= 0, "shift_pixels", "0 or more", self.shift_pixels)
+        check(0 < self.lr < math.inf, "lr", "a number above 0", self.lr)
+        decay, lam, average = self.lr_decay, self.lam_recon, self.average
+        check(decay is None or 0 < decay <= 1, "lr_decay", "above 0 and at most 1", decay)
+        check(lam is None or 0 <= lam < math.inf, "lam_recon", "a number of 0 or more", lam)
+        check(average is None or 0 < average < 1, "average", "between 0 and 1", average)
+
+
+def check(holds: bool, name: str, expected: str, got: object) -> None:
+    """Raises ValueError naming the flag, what was expected and what was given, unless it holds."""
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {got}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """An architecture and how it is trained."""
+    """A recipe.
 
-    model: Model
-    lr: float  # Adam's first learning rate
-    lr_decay: float | None  # factor an epoch; None: `lr_total_decay` spread over all epochs
-    lr_total_decay: float | None  # factor over the whole run
-    lr_staircase: bool  # True: one step an epoch; False: continuous
-    lr_floor: float
-    recon_per_pixel: float  # lam_recon = recon_per_pixel · H·W·C
-    shift_pixels: int
-    batch_size: int
-    epochs: int
+    Attributes:
+      network: the sizes.
+      training: the hyper-parameters that the command line may change.
+      recon_per_pixel: lam_recon = recon_per_pixel · H·W·C, where `training` gives none.
+      lr_total_decay: factor on the learning rate over the whole run, where `training.lr_decay` is
+        None.
+      lr_staircase: whether the learning rate falls once an epoch instead of continuously.
+      lr_floor: the learning rate falls no lower.
+    """
+
+    network: NetworkConfig
+    training: Training
+    recon_per_pixel: float
+    lr_total_decay: float = 1.0
+    lr_staircase: bool = True
+    lr_floor: float = 0.0
+
+    def complete(self, training: Training, image_shape: tuple[int, int, int]) -> Training:
+        """Replaces each None in `training` that stands for a number by this preset's number."""
+        lam_recon, lr_decay = training.lam_recon, training.lr_decay
+        if lam_recon is None:
+            lam_recon = self.recon_per_pixel * math.prod(image_shape)
+        if lr_decay is None:
+            lr_decay = self.lr_total_decay ** (1 / training.epochs)
+        return dataclasses.replace(training, lam_recon=lam_recon, lr_decay=lr_decay)
+
+    def schedule(self, training: Training, steps_per_epoch: int) -> optax.Schedule:
+        """Returns the learning rate as a function of the step; `training` is complete."""
+        assert training.lr_decay is not None
+        # With decay 1, optax treats end_value as an upper bound, so none is passed.
+        floor = min(self.lr_floor, training.lr) if training.lr_decay < 1 else None
+        return optax.exponential_decay(
+            training.lr,
+            steps_per_epoch,
+            training.lr_decay,
+            staircase=self.lr_staircase,
+            end_value=floor,
+        )
+
+    def optimizer(self, training: Training, steps_per_epoch: int) -> optax.GradientTransformation:
+        """Returns Adam with the schedule."""
+        return optax.adam(self.schedule(training, steps_per_epoch))
 
 
 # XifengGuo/CapsNet-Pytorch; 0.0005·784 = 0.392.
-SEED = Preset(
-    model=Model(),
-    lr=1e-3,
-    lr_decay=0.9,
-    lr_total_decay=None,
-    lr_staircase=True,
-    lr_floor=0.0,
-    recon_per_pixel=0.0005,
-    shift_pixels=2,
-    batch_size=100,
-    epochs=50,
-)
+SEED = Preset(network=CapsNetConfig(), training=Training(), recon_per_pixel=0.0005)
 
 # Sarasra/models, research/capsules. Its margin loss is half of the paper's and divided by the
 # number of classes, so beside the paper's margin loss its reconstruction weighs 20 times 0.0005.
 PAPER = Preset(
-    model=Model(
-        primary_coupling=1 / 32, routing_bias=True, stop_gradient=False, init="truncated_normal"
+    network=CapsNetConfig(
+        primary_coupling=1 / 32,
+        routing=Agreement(bias=True, stop_gradient=False),
+        init="truncated_normal",
     ),
-    lr=1e-3,
-    lr_decay=None,
+    training=Training(epochs=640, batch_size=128, lr_decay=None),
+    recon_per_pixel=0.01,
     lr_total_decay=0.96**150,  # 0.96 per 2,000 steps, over 300,000 steps
     lr_staircase=False,
     lr_floor=1e-6,
-    recon_per_pixel=0.01,
-    shift_pixels=2,
-    batch_size=128,
-    epochs=640,
 )
 
 PRESETS = {"seed": SEED, "paper": PAPER}

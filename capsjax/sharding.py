@@ -1,109 +1,21 @@
-"""Devices: the mesh, and where arrays lie on it."""
-
-import socket
-import time
+"""Devices: the mesh, and the placement of arrays on it."""
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from capsjax._memory import host_memory
 
 AXIS = "data"
 
-# Seconds without a sign of life after which a process counts as dead, and the others end.
-_SILENCE = 30
-# Seconds to wait for process 0, as long as JAX waits for the others.
-_PATIENCE = 300
-
-
-def connect(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Joins the processes of one run, each with its own devices; before anything else of JAX.
-
-    Args:
-      coordinator: HOST:PORT where process 0 listens, the same in every process. None, like the
-        others: found out from SLURM, Open MPI, a TPU pod or whatever else JAX knows.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-
-    Raises:
-      ValueError: in words, if no launcher tells who the others are, or process 0 cannot be reached
-        within 5 minutes. One that waits in vain for others than process 0 is aborted by JAX.
-
-    References:
-      `jax.distributed.initialize`.
-    """
-    if coordinator is not None and process_id:
-        _wait_for(coordinator)
-    elif coordinator is not None and _listens(coordinator) is None:  # JAX would share the port
-        raise ValueError(f"another process listens at {coordinator} already")
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
-        )
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        if coordinator is not None:
-            raise ValueError(f"process {process_id} cannot join {coordinator}: {reason}") from error
-        raise ValueError(
-            "the launcher (SLURM, Open MPI, a TPU pod) does not say who the other processes are: "
-            f"give coordinator, num_processes and process_id ({reason})"
-        ) from error
-
-
-def _wait_for(coordinator: str) -> None:
-    """Waits until somebody listens there; JAX alone would abort the process after a while."""
-    end = time.monotonic() + _PATIENCE
-    while (error := _listens(coordinator)) is not None:
-        if time.monotonic() > end:
-            raise ValueError(
-                f"process 0 could not be reached at {coordinator} for {_PATIENCE} s: {error}"
-            ) from error
-        time.sleep(0.1)
-
-
-def _listens(address: str) -> OSError | None:
-    """None if somebody does at HOST:PORT, or else why a connection failed."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
-    except OSError as error:
-        return error
-    return None
-
-
-def agree(what: str, value: int) -> None:
-    """Waits until all processes are here, and makes sure that they came with the same value.
-
-    Args:
-      what: the value's name in the message.
-      value: from 0 to 2^32 - 1, as a CRC-32.
-
-    Raises:
-      ValueError: if the values differ.
-
-    Example:
-      >>> from capsjax.sharding import agree
-      >>> agree("seeds", 7)
-    """
-    values = np.ravel(multihost_utils.process_allgather(np.uint32(value)))
-    if len(set(values.tolist())) > 1:
-        raise ValueError(
-            f"the {len(values)} processes have different {what}: {values.tolist()}; give all the "
-            "same command and the same files"
-        )
-
 
 def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over which the batch is split.
+    """Makes a mesh of one axis, `data`, over which the batch is split.
 
     Args:
       batch_size: examples in a batch, over all devices.
-      devices: how many to use; None: the largest number of them that divides `batch_size`. Where
-        several processes train together, all.
+      devices: how many to use; None: the largest number that divides `batch_size`, or all where
+        several processes train together.
 
     Returns:
       The mesh.
@@ -140,12 +52,12 @@ def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole: parameters and data set."""
+    """Returns the sharding of what every device holds whole: parameters and data set."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """The sharding of what is split over the devices along its first axis: a batch."""
+    """Returns the sharding of what is split along its first axis: a batch."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
@@ -170,7 +82,7 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """
     device, *others = mesh.local_devices
     copies = 1 + len(others) if device.platform == "cpu" else 1  # these share the host's memory
-    memory = _memory(device)
+    memory = _find_memory(device)
     if array.nbytes * copies > memory:
         raise ValueError(
             f"the images take {array.nbytes * copies / 2**30:.1f} GiB and {device.device_kind} has "
@@ -200,8 +112,8 @@ def place(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(batch.shape, split(mesh), lambda part: batch[part])
 
 
-def _memory(device: jax.Device) -> int:
-    """Bytes that the device may use; for the CPU, the host's memory."""
+def _find_memory(device: jax.Device) -> int:
+    """Returns the bytes that the device may use; of a CPU, the host's memory."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -13,98 +13,144 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from capsjax import sharding
-from capsjax._losses import margin_loss, reconstruction_loss
-from capsjax.data import shift
-from capsjax.nn import CapsNet, pixels_to_unit
+from capsjax.networks import Network, Output
+from capsjax.tasks import Batch, Task
 
 
-class Metrics(NamedTuple):
+class Sums(NamedTuple):
     """Sums over examples; divided by `examples`, means."""
 
-    margin: jax.Array  # float32: margin loss
-    reconstruction: jax.Array  # float32: reconstruction loss, not yet weighted by lam_recon
-    correct: jax.Array  # int32: examples whose longest capsule is their label's
+    losses: dict[str, jax.Array]  # float32 each, by the names that the task gives
+    correct: jax.Array  # int32: answers that are right
     examples: jax.Array  # int32
-
-    @classmethod
-    def zeros(cls) -> "Metrics":
-        return cls(*(jnp.zeros((), dtype) for dtype in ("float32", "float32", "int32", "int32")))
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, and so all that a checkpoint holds."""
+    """Everything that changes from step to step, and so everything that a checkpoint holds."""
 
     step: jax.Array  # int32: steps done
     params: Any
+    statistics: Any  # of batch normalisation; {} in a network without
+    average: Any  # moving average of the parameters; {} in a run without
     opt_state: optax.OptState
-    sums: Metrics  # over the epoch so far
+    sums: Sums  # over the epoch so far
 
 
-class Report(NamedTuple):
-    """What one step says of itself, for the host to read a little later."""
+class Diagnostics(NamedTuple):
+    """Diagnostics of one step, which the host reads a little later."""
 
     step: jax.Array  # int32: its number, from 1
-    pixels: jax.Array  # float32: the mean of its images, from 0 to 1
-    parameters: jax.Array  # float32 [n]: length of each array of parameters that it began with
-    metrics: Metrics  # of its batch
-    gradient: jax.Array  # float32 [n]: length of each array of the gradient
+    pixel_mean: jax.Array  # float32: the mean of its images, from 0 to 1
+    param_norms: jax.Array  # float32 [n]: L2 norm of each parameter array, before the update
+    sums: Sums  # over its batch
+    gradient_norms: jax.Array  # float32 [n]: L2 norm of each array of the gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The static part of a step: hashable, and the same all through a run."""
+class Setup:
+    """The static part of a step: hashable, and the same throughout a run.
 
-    graphdef: nnx.GraphDef  # the network without its parameters
+    Attributes:
+      graphdef: the network without its arrays.
+      optimizer: any optax transformation.
+      task: what a step does with the data.
+      dtype: what the network computes in; parameters are float32 always.
+      average: the decay of the moving average of the parameters; None for no average.
+    """
+
+    graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    lam_recon: float  # weight of the reconstruction loss
-    shift_pixels: int  # largest shift of a training image, either way
-    dtype: str = "float32"  # what the network computes in; parameters are float32 always
+    task: Task
+    dtype: str = "float32"
+    average: float | None = None
 
 
-def create(model: CapsNet, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState]:
+def create(
+    model: Network,
+    optimizer: optax.GradientTransformation,
+    task: Task,
+    *,
+    average: float | None = None,
+) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a network into its static graph and the state that training starts from.
 
     Args:
       model: the network; its arrays move into the state, and a donated state deletes them.
       optimizer: any optax transformation.
+      task: its losses name the sums.
+      average: as in `Setup`.
 
     Returns:
-      The graph definition, for a `Recipe`, and the `TrainState` of step 0.
+      The graph definition, for a `Setup`, and the `TrainState` of step 0.
+
+    Raises:
+      ValueError: if the network holds other variables than parameters and batch statistics.
 
     Example:
       >>> import optax
       >>> from flax import nnx
       >>> import capsjax.train
-      >>> net = capsjax.nn.CapsNet(channels=16, types=2, rngs=nnx.Rngs(0))
-      >>> graphdef, state = capsjax.train.create(net, optax.adam(1e-3))
-      >>> int(state.step)
-      0
+      >>> net = capsjax.CapsNet(channels=16, types=2, rngs=nnx.Rngs(0))
+      >>> task = capsjax.tasks.Classification(lam_recon=0.392)
+      >>> graphdef, state = capsjax.train.create(net, optax.adam(1e-3), task)
+      >>> int(state.step), list(state.sums.losses)
+      (0, ['loss', 'margin', 'reconstruction'])
     """
-    graphdef, variables = nnx.split(model)
-    params = nnx.to_pure_dict(variables)
+    graphdef, params, statistics = _split(model)
     zero = jnp.zeros((), jnp.int32)
-    return graphdef, TrainState(zero, params, optimizer.init(params), Metrics.zeros())
+    state = TrainState(
+        step=zero,
+        params=params,
+        statistics=statistics,
+        average=jax.tree.map(jnp.copy, params) if average else {},
+        opt_state=optimizer.init(params),
+        sums=zero_sums(loss_names(model, task)),
+    )
+    return graphdef, state
 
 
-def merge(graphdef: nnx.GraphDef, params: Any) -> CapsNet:
-    """The network again, from its graph and its parameters."""
-    return nnx.merge(graphdef, nnx.State(params))
+def loss_names(model: Network, task: Task) -> tuple[str, ...]:
+    """Returns the names of a task's losses for a network, without computing any."""
+    image = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    graphdef, variables = nnx.split(model)
+
+    def losses(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        batch = Batch(images, labels, images)
+        output = task.forward(nnx.merge(graphdef, variables), batch, labels)
+        return task.losses(output, batch, jnp.zeros((), jnp.int32))
+
+    return tuple(jax.eval_shape(losses, variables, image, label))
+
+
+def zero_sums(names: tuple[str, ...]) -> Sums:
+    """Returns sums over no example."""
+    zero = partial(jnp.zeros, ())
+    return Sums({name: zero(jnp.float32) for name in names}, zero(jnp.int32), zero(jnp.int32))
+
+
+def merge(graphdef: nnx.GraphDef, state: TrainState) -> Network:
+    """Makes the network that counts: with the averaged parameters where there is an average."""
+    return _merge(graphdef, state.average or state.params, state.statistics)
 
 
 def train_step(
-    recipe: Recipe,
+    setup: Setup,
     state: TrainState,
     key: jax.Array,
     images: jax.Array,
     labels: jax.Array,
     indices: ArrayLike,
-) -> tuple[TrainState, Report]:
-    """One step: gather the batch, shift and normalise it, update the parameters.
+) -> tuple[TrainState, Diagnostics]:
+    """Does one step: makes the batch, differentiates the loss, updates the parameters.
 
-    params ← params + optimizer(∇ [mean(margin) + lam_recon · mean(reconstruction)])
+    params ← params + optimizer(∇ mean(loss)),   average ← δ average + (1 − δ) params
+
+    The average's decay δ = min(decay, (1 + t) / (10 + t)) rises with the step t, so that the
+    initial parameters fade quickly.
 
     Args:
-      recipe: the static part.
+      setup: the static part.
       state: of the step before.
       key: of the run, the same in every step; the step's number is folded in.
       images: the whole data set, uint8 [N, H, W, C].
@@ -112,96 +158,126 @@ def train_step(
       indices: int32 [B], the examples of this batch.
 
     Returns:
-      The next state and the `Report` of this step.
+      The next state and the `Diagnostics` of this step.
 
     References:
-      XifengGuo/CapsNet-Pytorch; Sarasra/models, research/capsules.
+      XifengGuo/CapsNet-Pytorch; Sarasra/models, research/capsules; the average's decay:
+      tf.train.ExponentialMovingAverage.
     """
-    batch = shift(jax.random.fold_in(key, state.step), images[indices], recipe.shift_pixels)
-    x, y = pixels_to_unit(batch), labels[indices]
+    batch = setup.task.train_batch(jax.random.fold_in(key, state.step), images, labels, indices)
 
-    def loss(params):
-        metrics, _ = _examples(recipe, params, x, y, y)
-        sums = jax.tree.map(jnp.sum, metrics)
-        return (sums.margin + recipe.lam_recon * sums.reconstruction) / x.shape[0], sums
+    def mean_loss(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:
+        model = _merge(setup.graphdef, _cast(params, setup.dtype), state.statistics)
+        model.train()
+        examples, _ = _examples(setup, model, batch, batch.labels, state.step)
+        sums = jax.tree.map(jnp.sum, examples)
+        return sums.losses["loss"] / batch.images.shape[0], (sums, _split(model)[2])
 
-    gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
+    gradient, (sums, statistics) = jax.grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = setup.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    sums = jax.tree.map(jnp.add, state.sums, metrics)
-    next_state = TrainState(state.step + 1, params, opt_state, sums)
-    report = Report(
-        state.step + 1, jnp.mean(x), _lengths(state.params), metrics, _lengths(gradient)
+    next_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        statistics=statistics,
+        average=_average(setup.average, state, params),
+        opt_state=opt_state,
+        sums=jax.tree.map(jnp.add, state.sums, sums),
     )
-    return next_state, report
+    norms = _norms(state.params), _norms(gradient)
+    mean = jnp.mean(batch.images)
+    return next_state, Diagnostics(state.step + 1, mean, norms[0], sums, norms[1])
 
 
 def eval_step(
-    recipe: Recipe,
-    params: Any,
+    setup: Setup,
+    state: TrainState,
     images: jax.Array,
     labels: jax.Array,
     indices: ArrayLike,
-    counts: ArrayLike,
-) -> tuple[Metrics, jax.Array]:
-    """Evaluates a batch: images unshifted, each reconstructed from its longest capsule.
+    counted: ArrayLike,
+) -> tuple[Sums, jax.Array]:
+    """Evaluates a batch: no augmentation, and a decoder sees no label.
 
     Args:
-      recipe: the static part.
-      params: the network's parameters.
+      setup: the static part.
+      state: its average counts, or its parameters where there is none.
       images: the whole data set, uint8 [N, H, W, C].
       labels: int32 [N].
       indices: int32 [B].
-      counts: bool [B]; False where the batch was only filled up, so that it does not count.
+      counted: bool [B]; False for examples that only fill up the batch.
 
     Returns:
-      The `Metrics` of the examples that count, and every example's class, int32 [B].
+      The `Sums` of the counted examples, and the predicted class of every example, int32 [B].
     """
-    x, y = pixels_to_unit(images[indices]), labels[indices]
-    metrics, classes = _examples(recipe, params, x, y, None)
-    return jax.tree.map(lambda value: jnp.sum(jnp.where(counts, value, 0)), metrics), classes
+    batch = setup.task.test_batch(images, labels, indices)
+    params = _cast(state.average or state.params, setup.dtype)
+    model = _merge(setup.graphdef, params, state.statistics)
+    model.eval()
+    examples, output = _examples(setup, model, batch, None, state.step)
+    sums = jax.tree.map(lambda value: jnp.sum(jnp.where(counted, value, 0)), examples)
+    return sums, output.predicted
 
 
-def jit_steps(recipe: Recipe, mesh: Mesh) -> tuple[Callable, Callable]:
+def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Callable, Callable]:
     """Compiles both steps for a mesh: the batch is split over it, all else is on every device.
 
     Args:
-      recipe: the static part.
+      setup: the static part.
       mesh: from `capsjax.sharding.make_mesh`.
 
     Returns:
       train(state, key, images, labels, indices), which donates the state, and
-      evaluate(params, images, labels, indices, counts).
+      evaluate(state, images, labels, indices, counted).
     """
     whole, batch = sharding.replicated(mesh), sharding.split(mesh)
     train = jax.jit(
-        partial(train_step, recipe),
+        partial(train_step, setup),
         in_shardings=(whole, whole, whole, whole, batch),
         out_shardings=whole,
         donate_argnums=0,
     )
     evaluate = jax.jit(
-        partial(eval_step, recipe),
+        partial(eval_step, setup),
         in_shardings=(whole, whole, whole, batch, batch),
         out_shardings=(whole, whole),
     )
     return train, evaluate
 
 
-def _lengths(params: Any) -> jax.Array:
-    """The length of each array, in the order of the tree's leaves."""
-    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(params)])
+def _split(model: Network) -> tuple[nnx.GraphDef, Any, Any]:
+    """Returns the graph, the parameters and the batch statistics."""
+    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
-def _examples(recipe, params, x, y, shown) -> tuple[Metrics, jax.Array]:
-    """Metrics of each example, and its class; `shown` are the labels that the decoder sees."""
-    model = merge(recipe.graphdef, jax.tree.map(lambda p: p.astype(recipe.dtype), params))
-    output = model(x.astype(recipe.dtype), shown)
-    classes = jnp.argmax(output.lengths, -1).astype(jnp.int32)
-    metrics = Metrics(
-        margin=margin_loss(output.lengths, y),
-        reconstruction=reconstruction_loss(output.reconstruction, x),
-        correct=(classes == y).astype(jnp.int32),
-        examples=jnp.ones_like(y),
-    )
-    return metrics, classes
+def _merge(graphdef: nnx.GraphDef, params: Any, statistics: Any) -> Network:
+    return nnx.merge(graphdef, nnx.State(params), nnx.State(statistics))
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _average(decay: float | None, state: TrainState, params: Any) -> Any:
+    """Moves the average towards the parameters after the update."""
+    if decay is None:
+        return {}
+    delta = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(lambda old, new: delta * old + (1 - delta) * new, state.average, params)
+
+
+def _norms(tree: Any) -> jax.Array:
+    """Returns the L2 norm of each array, in the order of the tree's leaves."""
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree)])
+
+
+def _examples(
+    setup: Setup, model: Network, batch: Batch, labels: jax.Array | None, step: jax.Array
+) -> tuple[Sums, Output]:
+    """Computes losses and correctness of each example; `labels` are what the decoder sees."""
+    cast = batch._replace(images=batch.images.astype(setup.dtype))
+    output = setup.task.forward(model, cast, labels)
+    losses = setup.task.losses(output, batch, step)
+    correct = setup.task.correct(output, batch).astype(jnp.int32)
+    return Sums(losses, correct, jnp.ones_like(correct)), output

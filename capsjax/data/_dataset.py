@@ -43,14 +43,14 @@ class Dataset:
         return height, width, channels
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
     def __repr__(self) -> str:
         return (
             f"Dataset({len(self.x_train)} training and {len(self.x_test)} test images "
-            f"{self.image_shape}, {self.classes} classes, source={self.source!r})"
+            f"{self.image_shape}, {self.num_classes} classes, source={self.source!r})"
         )
 
 

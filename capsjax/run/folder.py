@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,25 +21,16 @@ from jax.experimental import multihost_utils
 
 from capsjax._files import write_atomically
 
-START = "start.safetensors"  # the weights that a run began with, if it was given some
-_SPLITS = ("train", "validation", "test")
-_FIGURES = ("loss", "margin", "reconstruction", "error")
-COLUMNS = (
-    *("epoch", "step", "learning_rate"),
-    *(f"{split}_{figure}" for split in _SPLITS for figure in _FIGURES),
-    *("seconds", "images_per_second"),
-)
 
-
-def named_after(dataset: str) -> Path:
-    """The folder of a run that was given no name: called after the data set and the time."""
-    # Of several processes each has its own clock.
+def name_folder(dataset: str) -> Path:
+    """Names the folder of a run after the data set and the time."""
+    # Each process has its own clock; the first one's counts.
     seconds = multihost_utils.broadcast_one_to_all(np.uint32(time.time()))
     moment = datetime.datetime.fromtimestamp(int(seconds)).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{dataset.replace('/', '-')}-{moment}"
 
 
-def create(folder: Path) -> None:
+def create_folder(folder: Path) -> None:
     """Makes the folder of a new run.
 
     Raises:
@@ -54,13 +45,13 @@ def create(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder; the kernel lets go of it however this one ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes out; released by the system even if the process is killed.
 
     Raises:
-      ValueError: if a living process is in it.
+      ValueError: if a living process holds the lock.
     """
-    # The soft one is a file, which would outlive a process that is killed.
+    # No lock-file fallback: it would survive a killed process.
     lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
@@ -78,11 +69,16 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse_a_run(folder: Path) -> None:
-    """Raises ValueError if the folder holds a run already."""
-    if (folder / "config.json").exists():
+def holds_run(folder: Path) -> bool:
+    """Returns whether a run was begun in the folder."""
+    return (folder / "config.json").is_file()
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises ValueError if the folder already holds a run."""
+    if holds_run(folder):
         raise ValueError(
-            f"{folder} holds a run already: go on with it (--resume {folder}) or name another "
+            f"{folder} holds a run already: continue it (--resume {folder}) or name another "
             "folder (--save-dir)"
         )
 
@@ -99,24 +95,24 @@ def read_config(folder: Path) -> dict[str, Any]:
       ValueError: if there is none, or it cannot be read.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not holds_run(folder):
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     try:
-        _ = config["settings"]["recipe"]["epochs"], config["data"]["crc32"]
+        _ = config["settings"]["training"]["epochs"], config["data"]["crc32"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it must hold settings and data") from error
     return config
 
 
-def read_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, an epoch each; none if there is no such file yet.
+def read_rows(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Reads metrics.csv, a row an epoch; no rows if there is no such file yet.
 
     Raises:
-      ValueError: if they are not what `write_rows` wrote.
+      ValueError: if it does not have these columns.
     """
     path = folder / "metrics.csv"
     if not path.exists():
@@ -128,24 +124,24 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     uneven = any(None in row or None in row.values() for row in rows)
-    if uneven or tuple(table.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path} is damaged: its columns must be {', '.join(COLUMNS)}")
+    if uneven or list(table.fieldnames or ()) != list(columns):
+        raise ValueError(f"{path} is damaged: its columns must be {', '.join(columns)}")
     return rows
 
 
-def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Writes metrics.csv, whole or not at all."""
 
     def write(file: TextIO) -> None:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 
     _write(folder / "metrics.csv", write)
 
 
-def provenance() -> dict[str, Any]:
-    """What made a run, besides its settings: versions, machine, revision of the code."""
+def describe_provenance() -> dict[str, Any]:
+    """Returns what made a run besides its settings: versions, machine, revision of the code."""
     packages = ("capsjax", "jax", "jaxlib", "flax", "optax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     device = jax.devices()[0]
@@ -153,12 +149,16 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "cores": os.cpu_count(),
-        "git": _git_revision(),
+        "git": _find_revision(),
     }
 
 
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def _find_revision() -> str | None:
+    """Returns the commit of this checkout; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # or git would describe the repository around it
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -166,6 +166,5 @@ def _git_revision() -> str | None:
 
 
 def _write(path: Path, write: Callable[[TextIO], None]) -> None:
-    """Writes beside the file, then takes its place: a reader never sees half of it."""
     with write_atomically(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         write(file)

@@ -1,0 +1,11 @@
+"""Pixels: from the integers that data sets store to the numbers that networks take."""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_unit_interval(images: jax.Array) -> jax.Array:
+    """Turns integer pixels from 0 to 255 into float32 from 0 to 1; floats stay as they are."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    return images.astype(jnp.float32) / 255

@@ -1,0 +1,40 @@
+"""What a capsule layer asks of a routing."""
+
+from typing import ClassVar, Protocol
+
+import jax
+from jax.typing import ArrayLike
+
+
+class Routing(Protocol):
+    """A routing as a value: a frozen dataclass whose fields are its hyper-parameters.
+
+    Being frozen gives it equality and a hash, so that a network which holds it is compiled once.
+    A saved network stores `name` and the fields; `capsjax.ROUTINGS[name]` makes it again.
+
+    Example:
+      >>> import dataclasses
+      >>> from typing import ClassVar
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, capsjax
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class MeanRouting:
+      ...     name: ClassVar[str] = "mean"
+      ...
+      ...     def bias_shape(self, j, i, d):
+      ...         return None
+      ...
+      ...     def __call__(self, u, weight, bias=None):
+      ...         return capsjax.squash(capsjax.predictions(u, weight).mean(-2))
+      >>> layer = capsjax.nn.DenseCaps(1152, 8, 10, 16, MeanRouting(), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 1152, 8))).shape
+      (2, 10, 16)
+    """
+
+    name: ClassVar[str]
+
+    def bias_shape(self, j: int, i: int, d: int) -> tuple[int, ...] | None:
+        """Returns the shape of the bias that the layer shall own; None for no bias."""
+
+    def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
+        """Routes input capsules [..., i, k] by W [j, i, d, k] to output capsules [..., j, d]."""

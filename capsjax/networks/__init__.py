@@ -1,0 +1,25 @@
+"""Networks, one a file: the frozen config with its sizes, and the module that it builds."""
+
+from capsjax.networks._network import (
+    Network,
+    NetworkConfig,
+    Output,
+    Prediction,
+    predict,
+)
+from capsjax.networks.capsnet import CapsNet, CapsNetConfig
+
+# By the name that a saved network stores. A network of your own joins with
+# `capsjax.NETWORKS[MyConfig.name] = MyConfig`.
+NETWORKS: dict[str, type[NetworkConfig]] = {kind.name: kind for kind in (CapsNetConfig,)}
+
+__all__ = [
+    "NETWORKS",
+    "CapsNet",
+    "CapsNetConfig",
+    "Network",
+    "NetworkConfig",
+    "Output",
+    "Prediction",
+    "predict",
+]

@@ -1,0 +1,62 @@
+"""Configs as JSON: what a saved network stores of its sizes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from capsjax._routing import ROUTINGS
+from capsjax.networks._network import NetworkConfig
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """Returns a config, or the routing in it, as its name and fields."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        "name": config.name,
+        **{n: config_to_json(v) if dataclasses.is_dataclass(v) else v for n, v in fields.items()},
+    }
+
+
+def config_from_json(
+    fields: Mapping[str, Any], networks: Mapping[str, type[NetworkConfig]]
+) -> NetworkConfig:
+    """Makes the config again.
+
+    Args:
+      fields: from `config_to_json`.
+      networks: the kinds of config by name.
+
+    Raises:
+      ValueError: if no network or routing has the name, or a field does not fit.
+    """
+    return _build(fields, {**networks, **ROUTINGS})
+
+
+def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
+    try:
+        name = fields["name"]
+        kind = kinds[name]
+    except KeyError as error:
+        raise ValueError(f"{error} is none of the known names {', '.join(kinds)}") from error
+    try:
+        return kind(**{n: _read(v, kinds) for n, v in fields.items() if n != "name"})
+    except TypeError as error:
+        raise ValueError(f"{name} has other fields: {error}") from error
+
+
+def _read(value: Any, kinds: Mapping[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return _build(value, kinds)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def with_iterations(config: Any, iterations: int) -> Any:
+    """Returns a config whose routing has another number of iterations.
+
+    Raises:
+      ValueError: if its routing has no iterations.
+    """
+    routing: Any = getattr(config, "routing", None)
+    if not hasattr(routing, "iterations"):
+        raise ValueError(f"--routings {iterations}: {config.name} has no iterations of routing")
+    return dataclasses.replace(config, routing=dataclasses.replace(routing, iterations=iterations))

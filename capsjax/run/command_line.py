@@ -1,0 +1,106 @@
+"""The command line: which flags there are, where their defaults come from, what is refused."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from capsjax import weights
+from capsjax.presets import check
+from capsjax.run.experiment import Experiment
+from capsjax.run.settings import Images, Recipe, Settings, read_settings, refuse_changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The flags that decide where the defaults of all others come from."""
+
+    preset: str | None = None
+    resume: Path | None = None
+    weights: Path | None = None
+    testing: bool = False
+
+
+def parse(args: Sequence[str] | None, experiment: Experiment) -> Settings:
+    """Reads the command line; a resumed or tested run's config.json gives the defaults.
+
+    Raises:
+      SystemExit: with status 2 and a message, for any value that makes no sense.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
+    with refusals():
+        default = _find_defaults(source, experiment)
+    settings = tyro.cli(
+        Settings, args=args, default=default, config=config, description=experiment.description
+    )
+    with refusals():
+        if source.resume is not None:
+            refuse_changes(settings, default)
+    return settings
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turns an error that the user can mend into one message and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _find_defaults(source: Source, experiment: Experiment) -> Settings:
+    if source.resume is not None:
+        saved = read_settings(source.resume)
+        run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
+        return dataclasses.replace(saved, run=run)
+    if source.weights is not None and not source.weights.exists():
+        raise ValueError(f"--weights {source.weights}: there is no such file or folder")
+    if source.weights is not None and not source.weights.is_file():
+        saved = read_settings(source.weights)
+        if source.testing:
+            return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
+        return _preset_defaults(source, experiment, saved.recipe.preset, saved.recipe.routings)
+    told = _describe(source.weights) if source.weights is not None else (None, None)
+    return _preset_defaults(source, experiment, *told)
+
+
+def _preset_defaults(
+    source: Source, experiment: Experiment, preset_of_weights: str | None, routings: int | None
+) -> Settings:
+    """Returns the defaults of the preset that is asked for, or else of the weights' preset."""
+    names = list(experiment.presets)
+    expected = " or ".join(map(repr, names))
+    if source.preset is not None:
+        check(source.preset in names, "preset", expected, repr(source.preset))
+    known = preset_of_weights if preset_of_weights in names else None
+    if source.preset and known and source.preset != known:
+        raise ValueError(f"--preset {source.preset}, but {source.weights} is of --preset {known}")
+    name = source.preset or known or names[0]
+    preset = experiment.presets[name]
+    if routings is None:
+        routings = _iterations(preset.network)
+    recipe = Recipe(preset=name, routings=routings)
+    return Settings(recipe, preset.training, Images(dataset=experiment.dataset))
+
+
+def _describe(file: Path) -> tuple[str | None, int | None]:
+    """Returns the preset and the iterations of routing that a weights file tells, if any.
+
+    A damaged file tells anything; it is refused when it is loaded.
+    """
+    about = weights.describe(file)
+    if about is None:
+        return None, None
+    return about.notes.get("preset"), _iterations(about.config)
+
+
+def _iterations(config: Any) -> int | None:
+    """Returns the iterations of a network's routing; None if it has none."""
+    return getattr(getattr(config, "routing", None), "iterations", None)

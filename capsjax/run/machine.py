@@ -1,0 +1,55 @@
+"""What a run asks of its process before JAX starts, and of the C library while it runs."""
+
+import ctypes
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def configure() -> None:
+    """Configures allocator, compilation cache and logging."""
+    keep_freed_memory()
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        # Compiled code fits one kind of processor, and home folders are shared between machines.
+        folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are raised as well
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory.
+
+    By default the large buffers of every step are unmapped and faulted in again page by page,
+    which takes as long as the arithmetic.
+    """
+    mallopt = _find_in_glibc("mallopt")
+    if mallopt is None:
+        return
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+    mallopt(arena_max, 1)
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what is free now.
+
+    Compiling a step leaves 150 MB in pieces that no later step fills.
+    """
+    malloc_trim = _find_in_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _find_in_glibc(function: str) -> Any:
+    """Returns a function of glibc; None where the C library is another one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), function, None)

@@ -1,0 +1,166 @@
+"""Where a run starts: in a new folder, from another run's weights, or where it stopped."""
+
+import contextlib
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from capsjax import weights
+from capsjax._trees import fill, named_leaves
+from capsjax.checkpoint import Checkpoint, Checkpoints
+from capsjax.run.folder import (
+    create_folder,
+    describe_provenance,
+    holds_run,
+    lock_folder,
+    name_folder,
+    read_config,
+    read_rows,
+    refuse_run,
+    write_config,
+)
+from capsjax.run.plan import Plan
+from capsjax.run.processes import agree
+from capsjax.run.settings import (
+    INITIAL_WEIGHTS,
+    from_json,
+    read_settings,
+    refuse_changes,
+    shared_settings,
+    to_json,
+)
+from capsjax.train import TrainState, merge
+
+
+class Opened(NamedTuple):
+    """A run that is ready for its next step."""
+
+    folder: Path
+    state: TrainState
+    notes: dict[str, Any]  # of the checkpoint that the state came from
+
+
+def open_run(plan: Plan, state: TrainState, stack: contextlib.ExitStack) -> Opened:
+    """Finds or makes the folder of the run, and keeps other processes out of it.
+
+    A folder in which the same run was begun is continued. Where several processes train together,
+    only the first writes.
+
+    Args:
+      plan: of the run.
+      state: the initial one, or that of the file it starts from.
+      stack: until it is left, no other process gets into the folder.
+
+    Returns:
+      The folder, the state to start from, and the notes of the checkpoint it came from.
+
+    Raises:
+      ValueError: if the folder holds a run with other settings, images or another network, or
+        another process is in it.
+      OSError: if the folder cannot be written.
+    """
+    run, first = plan.settings.run, jax.process_index() == 0
+    folder, notes = _choose_folder(plan), dict[str, Any]()
+    began = holds_run(folder)  # before any process gets past the next line and may begin it
+    agree("settings", zlib.crc32(json.dumps(shared_settings(plan.settings)).encode()))
+    agree("images", plan.fingerprint)
+    if run.weights_folder is not None:
+        state = _load_weights(run.weights_folder, state)
+    if first:
+        create_folder(folder)
+        stack.enter_context(lock_folder(folder))
+    if not run.testing and began:
+        state, notes = _resume(folder, plan, state)
+    elif first and folder != run.weights_folder:
+        refuse_run(folder)
+        if not run.testing:
+            _begin(folder, plan, state)
+    if jax.process_count() > 1:  # no process starts before the folder is ready
+        agree("weights", _checksum(state))
+    return Opened(folder, state, notes)
+
+
+def open_checkpoints(folder: Path) -> Checkpoints:
+    """Opens the checkpoints of a run."""
+    return Checkpoints(folder / "checkpoints")
+
+
+def _choose_folder(plan: Plan) -> Path:
+    """Returns the folder of the run: the one that is named, or else a new one."""
+    run = plan.settings.run
+    named = run.resume or run.save_dir or (run.weights_folder if run.testing else None)
+    return named or name_folder(plan.settings.images.dataset)
+
+
+def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
+    """Writes what a new run is; config.json last, because with it the folder holds a run."""
+    if plan.settings.run.weights is not None:
+        weights.save(merge(plan.setup.graphdef, state), folder / INITIAL_WEIGHTS)
+    else:
+        (folder / INITIAL_WEIGHTS).unlink(missing_ok=True)  # of a run that did not get this far
+    config = {
+        "settings": to_json(plan.settings),
+        **describe_provenance(),
+        "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
+        "steps_per_epoch": plan.steps,
+    }
+    write_config(folder, config)
+
+
+def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Reads the newest checkpoint; without one the run starts again from its initial state."""
+    config, epochs = read_config(folder), plan.settings.training.epochs
+    asked = from_json(to_json(plan.settings))  # with absolute paths, as they were saved
+    refuse_changes(asked, dataclasses.replace(read_settings(folder), run=asked.run))
+    if config["data"]["crc32"] != plan.fingerprint:
+        raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
+    read_rows(folder, plan.columns)  # refused now, not after an epoch
+    with open_checkpoints(folder) as checkpoints:
+        checkpoint = checkpoints.last()
+    notes = {}
+    if checkpoint is None:
+        print("resume    no checkpoint yet: from the start")
+    else:
+        _report_damage(checkpoint)
+        print(f"resume    step {checkpoint.step} of {epochs * plan.steps}")
+        state, notes = fill(state, checkpoint.arrays), checkpoint.notes
+    if config["settings"]["training"]["epochs"] != epochs and jax.process_index() == 0:
+        config["settings"]["training"]["epochs"] = epochs
+        write_config(folder, config)
+    return state, notes
+
+
+def _load_weights(folder: Path, state: TrainState) -> TrainState:
+    """Takes the weights of another run: its best on validation images, or else its last."""
+    read_config(folder)
+    if not (folder / "checkpoints").is_dir():  # to open them would make the folder
+        raise ValueError(f"{folder} holds no weights: it ended before its first checkpoint")
+    with open_checkpoints(folder) as checkpoints:
+        checkpoint = checkpoints.best()
+    _report_damage(checkpoint)
+    arrays = checkpoint.arrays
+    averaged = any(name.startswith("average.") for name in arrays)
+    params = fill(state.params, arrays, "average." if averaged else "params.")
+    return state._replace(
+        params=params,
+        average=jax.tree.map(jnp.array, params) if state.average else {},
+        statistics=fill(state.statistics, arrays, "statistics."),
+    )
+
+
+def _report_damage(checkpoint: Checkpoint) -> None:
+    for step in checkpoint.unsound:
+        print(f"the checkpoint of step {step} is damaged and was passed over")
+
+
+def _checksum(state: TrainState) -> int:
+    crc = 0
+    for _, leaf in named_leaves(state):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc

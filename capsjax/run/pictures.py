@@ -1,0 +1,85 @@
+"""The pictures of a run: curves, reconstructions, perturbations, errors."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+import capsjax
+from capsjax import viz
+from capsjax._files import write_atomically
+from capsjax._pixels import to_unit_interval
+
+OFFSETS = np.arange(-5, 6) * 0.05  # Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4
+RECONSTRUCTED = 50  # images, as in XifengGuo/CapsNet-Pytorch
+
+
+def write_pictures(
+    folder: Path,
+    model: capsjax.Network,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    predicted: np.ndarray,
+    class_names: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes curves.png, reconstructions.png, perturbations.png and errors.png into `folder`.
+
+    A network without a decoder gets neither of the two in the middle.
+
+    Args:
+      folder: must exist; a picture that is there already is replaced.
+      model: the trained network.
+      x_test: uint8 [N, H, W, C].
+      y_test: int32 [N].
+      predicted: int32 [N], the classes that the network predicts.
+      class_names: a name for each class.
+      rows: of metrics.csv, one an epoch; without any there is no curves.png.
+    """
+    if rows:
+        write(viz.curves(rows), folder / "curves.png")
+    write(viz.misread(x_test, y_test, predicted, class_names), folder / "errors.png")
+    first = x_test[:RECONSTRUCTED]
+    drawn = capsjax.predict(model, first).reconstruction
+    if drawn is None:
+        print("pictures  no reconstructions and perturbations: this network has no decoder")
+        return
+    write(viz.reconstructions(first, drawn), folder / "reconstructions.png")
+    example = np.argmax(predicted == y_test)  # the first that is read right, if any is
+    moved = perturbed(model, x_test[example], OFFSETS)
+    figure = viz.perturbations(moved, OFFSETS, predicted[example], class_names)
+    write(figure, folder / "perturbations.png")
+
+
+def perturbed(model: capsjax.Network, image: np.ndarray, offsets: np.ndarray) -> jax.Array:
+    """Moves each number of the capsule of the predicted class and decodes it: [d, n, H, W, C].
+
+    Args:
+      model: a network with a decoder.
+      image: uint8 [H, W, C].
+      offsets: [n], what is added to a number.
+    """
+    return _perturb(*nnx.split(model), to_unit_interval(jnp.asarray(image)), jnp.asarray(offsets))
+
+
+@partial(jax.jit, static_argnums=0)
+def _perturb(
+    graphdef: nnx.GraphDef, variables: nnx.State, image: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    model = nnx.merge(graphdef, variables)
+    model.eval()
+    output = model(image)
+    moved = capsjax.perturb(output.capsules, offsets)
+    return model.decode(moved, jnp.broadcast_to(output.predicted, moved.shape[:2]))
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with write_atomically(path) as part:
+        figure.savefig(part, format="png")

@@ -1,0 +1,176 @@
+"""Everything that a run fixes before its first step."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from capsjax import data, sharding, weights
+from capsjax.networks import Network
+from capsjax.networks._config_json import with_iterations
+from capsjax.presets import Preset
+from capsjax.run.experiment import Experiment
+from capsjax.run.metrics import list_columns
+from capsjax.run.settings import Images, Settings
+from capsjax.tasks import Task, batch_shape
+from capsjax.train import Setup, TrainState, create
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static parts, images, and the sizes that the loop runs over."""
+
+    settings: Settings  # complete: numbers in place of each None that stands for one
+    setup: Setup
+    schedule: Callable[[int], Any]  # step -> learning rate
+    mesh: jax.sharding.Mesh
+    dataset: data.Dataset
+    train_indices: np.ndarray  # int32, into x_train
+    validation_indices: np.ndarray
+    steps: int  # an epoch; a last, smaller batch is dropped
+    columns: tuple[str, ...]  # of metrics.csv
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Returns the batches of an epoch, int32 [steps, batch]; a seed always gives the same."""
+        seed, batch_size = self.settings.recipe.seed, self.settings.training.batch_size
+        order = np.random.default_rng((seed, epoch)).permutation(self.train_indices)
+        return order[: self.steps * batch_size].reshape(self.steps, batch_size)
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """CRC-32 of all images and labels."""
+        data = self.dataset
+        crc = 0
+        for array in (data.x_train, data.y_train, data.x_test, data.y_test):
+            crc = zlib.crc32(array.tobytes(), crc)
+        return crc
+
+
+def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainState]:
+    """Loads the images, draws the initial weights, and prints what there is; writes nothing.
+
+    Raises:
+      ValueError: if the settings do not fit the images or the devices.
+    """
+    preset = experiment.presets[settings.recipe.preset]
+    dataset, train_indices, validation_indices = _load(settings)
+    batch_size = settings.training.batch_size
+    steps = len(train_indices) // batch_size
+    if not steps:
+        raise ValueError(
+            f"--batch-size {batch_size}: there are {len(train_indices)} images to train on"
+        )
+    mesh = sharding.make_mesh(batch_size, settings.run.devices)
+    print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
+    training = preset.complete(settings.training, dataset.image_shape)
+    settings = dataclasses.replace(settings, training=training)
+    task = experiment.make_task(training)
+    optimizer = preset.optimizer(training, steps)
+    graphdef, state = _make_state(settings, preset, task, optimizer, dataset)
+    setup = Setup(graphdef, optimizer, task, settings.recipe.precision, training.average)
+    plan = Plan(
+        settings=settings,
+        setup=setup,
+        schedule=preset.schedule(training, steps),
+        mesh=mesh,
+        dataset=dataset,
+        train_indices=train_indices,
+        validation_indices=validation_indices,
+        steps=steps,
+        columns=list_columns(state.sums.losses),
+    )
+    return plan, state
+
+
+def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
+    """Loads the images; returns also which of them are trained on and which held out."""
+    images = settings.images
+    dataset = data.load(images.dataset, images.data_dir, download=images.download)
+    height, width, channels = dataset.image_shape
+    print(f"data      {dataset.source}")
+    print(
+        f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
+        f"{height}×{width}×{channels} in {dataset.num_classes} classes"
+    )
+    shift_pixels = settings.training.shift_pixels
+    if shift_pixels >= min(height, width):
+        raise ValueError(
+            f"--shift-pixels {shift_pixels} would move images of {height}×{width} pixels out of "
+            "sight"
+        )
+    train, held_out = _split(len(dataset.y_train), images, settings.recipe.seed)
+    if images.train_size or images.validation:  # the devices hold only what is used
+        used = np.concatenate([train, held_out])
+        dataset = dataclasses.replace(
+            dataset, x_train=dataset.x_train[used], y_train=dataset.y_train[used]
+        )
+    numbers = np.arange(len(train) + len(held_out), dtype=np.int32)
+    train, held_out = np.split(numbers, [len(train)])
+    return dataset, train, held_out
+
+
+def _split(total: int, images: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws training and validation images from `total` of them.
+
+    At random, since folders of images come sorted by class.
+    """
+    left = total - images.validation
+    if left < 1:
+        raise ValueError(f"--validation {images.validation}: there are {total} training images")
+    if images.train_size is not None and images.train_size > left:
+        raise ValueError(f"--train-size {images.train_size}: there are {left} training images")
+    order = np.random.default_rng(seed).permutation(total).astype(np.int32)
+    held_out, rest = order[: images.validation], order[images.validation :]
+    return np.sort(rest[: images.train_size]), np.sort(held_out)
+
+
+def _make_state(
+    settings: Settings,
+    preset: Preset,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    dataset: data.Dataset,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Draws the initial weights, or reads them from the file that tells the network."""
+    image_shape = batch_shape(task, dataset.x_test, dataset.y_test)
+    average, file = settings.training.average, settings.run.network_file
+    if file is None:
+        # One compilation instead of one for each kind of array.
+        draw = lambda: _draw(settings, preset, image_shape, dataset.num_classes)  # noqa: E731
+        graphdef, state = jax.jit(lambda: create(draw(), optimizer, task, average=average))()
+    else:
+        model = _read(file, image_shape, dataset.num_classes, settings.recipe.routings)
+        graphdef, state = create(model, optimizer, task, average=average)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"network   {size:,} parameters" + (f" of {file}" if file else ""))
+    return graphdef, state
+
+
+def _draw(
+    settings: Settings, preset: Preset, image_shape: tuple[int, int, int], num_classes: int
+) -> Network:
+    """Draws a new network for these images."""
+    config, routings = preset.network, settings.recipe.routings
+    if routings is not None:
+        config = with_iterations(config, routings)
+    return config.build(image_shape, num_classes, rngs=nnx.Rngs(settings.recipe.seed))
+
+
+def _read(
+    file: Path, image_shape: tuple[int, int, int], num_classes: int, routings: int | None
+) -> Network:
+    """Reads the network of a file, if it is one for these images."""
+    model = weights.load(file, image_shape=image_shape, routings=routings)
+    if (model.image_shape, model.num_classes) != (image_shape, num_classes):
+        raise ValueError(
+            f"the network of {file} takes images {list(model.image_shape)} in {model.num_classes} "
+            f"classes; these are {list(image_shape)} in {num_classes}"
+        )
+    return model

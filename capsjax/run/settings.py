@@ -1,0 +1,201 @@
+"""The settings of a run: dataclasses, from which the command line and config.json follow."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from capsjax.presets import Training, check
+from capsjax.run.folder import read_config
+
+# The file in a run's folder with the weights that it was given to begin with, if any.
+INITIAL_WEIGHTS = "start.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The preset gives the defaults of this group and the next: see also --preset paper --help."""
+
+    preset: str = "seed"
+    """seed: the widespread re-implementation. paper: the authors' released code."""
+    routings: int | None = 3
+    """Iterations of routing."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the network's computations. Parameters and sums are always float32."""
+    seed: int = 0
+    """Random seed of initial weights, batch order and shifts."""
+
+    def __post_init__(self) -> None:
+        routings = self.routings
+        check(routings is None or routings >= 1, "routings", "1 or more", routings)
+        check(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """MNIST comes with the package and needs no download."""
+
+    dataset: str = "mnist"
+    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets."""
+    data_dir: Path | None = None
+    """Where the images are: a TFDS folder, IDX files, an .npz, or train/CLASS/*.png and test/…"""
+    download: bool = False
+    """Have TensorFlow Datasets download and prepare the data set."""
+    train_size: int | None = None
+    """Number of training images, drawn at random: for a quick look. None: all."""
+    validation: int = 0
+    """Training images held out for validation; the best epoch on them is reported."""
+
+    def __post_init__(self) -> None:
+        size = self.train_size
+        check(size is None or size >= 1, "train_size", "1 or more", size)
+        check(self.validation >= 0, "validation", "0 or more", self.validation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's folder holds its settings, metrics, checkpoints and pictures."""
+
+    save_dir: Path | None = None
+    """New folder for this run. None: runs/DATASET-TIME."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints; the end of an epoch makes one, too."""
+    devices: int | None = None
+    """Devices to split a batch over. None: the largest number that divides it."""
+    resume: Path | None = None
+    """Folder of a run to continue; only --devices and, to more, --epochs may change."""
+    weights: Path | None = None
+    """Weights to start from, or to test: folder of a run, .safetensors, or PyTorch's .pt, .pkl."""
+    testing: bool = False
+    """Test --weights and draw its pictures, without training; a run keeps its own settings."""
+
+    def __post_init__(self) -> None:
+        steps, devices = self.checkpoint_steps, self.devices
+        check(steps >= 1, "checkpoint_steps", "1 or more", steps)
+        check(devices is None or devices >= 1, "devices", "1 or more", devices)
+        if self.testing and self.weights is None:
+            raise ValueError("--testing needs --weights: the folder of a trained run, or a file")
+        if self.resume is not None and (self.testing or self.weights is not None):
+            raise ValueError(
+                "--resume continues with a run's own weights: no --weights, no --testing"
+            )
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The run whose weights are taken; None if they come from a file or are not given."""
+        return None if self.weights is None or self.weights.is_file() else self.weights
+
+    @property
+    def network_file(self) -> Path | None:
+        """The file that tells which network it is; None: the preset and the images tell it."""
+        folder = self.resume or self.weights_folder
+        if folder is None:
+            return self.weights
+        begun_with = folder / INITIAL_WEIGHTS
+        return begun_with if begun_with.is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Started on each of several hosts, the same command trains one network on the devices of all.
+    The hosts need the same images and one folder to which all can write."""
+
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens to the others."""
+    num_processes: int | None = None
+    """Number of processes that take part."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    distributed: bool = False
+    """Take these three from the launcher: SLURM or Open MPI, one task a GPU, or a TPU pod."""
+
+    def __post_init__(self) -> None:
+        match self.coordinator, self.num_processes, self.process_id:
+            case None, None, None:
+                return
+            case str(coordinator), int(n), int(i):
+                host, _, port = coordinator.rpartition(":")
+                known = host and port.isdecimal() and 0 < int(port) < 2**16
+                check(bool(known), "coordinator", "HOST:PORT", coordinator)
+                check(n >= 1, "num_processes", "1 or more", n)
+                check(0 <= i < n, "process_id", f"from 0 to {n - 1}", i)
+            case _:
+                raise ValueError("--coordinator, --num-processes and --process-id go together")
+        if self.distributed:
+            raise ValueError("--distributed finds out what --coordinator and the others would say")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    training: Training = dataclasses.field(default_factory=Training)
+    images: Images = dataclasses.field(default_factory=Images)
+    run: Run = dataclasses.field(default_factory=Run)
+    processes: Processes = dataclasses.field(default_factory=Processes)
+
+
+# The groups that a run's folder keeps. It does not keep how many processes there are, because a
+# run may continue with another number.
+SAVED_GROUPS = {"recipe": Recipe, "training": Training, "images": Images, "run": Run}
+
+
+def to_json(settings: Settings) -> dict[str, Any]:
+    """Returns settings as JSON holds them; paths are absolute, so that any folder may resume."""
+    return {
+        group: {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in fields.items()}
+        for group, fields in _saved_fields(settings).items()
+    }
+
+
+def shared_settings(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Returns what must be the same in all processes of a run: all but where files are."""
+    return {
+        group: {n: isinstance(v, Path) or v for n, v in fields.items() if n != "data_dir"}
+        for group, fields in _saved_fields(settings).items()
+    }
+
+
+def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Inverts `to_json`, for a single process."""
+
+    def read(kind: type, fields: Mapping[str, Any]) -> Any:
+        paths = {field.name for field in dataclasses.fields(kind) if field.type == Path | None}
+        given = {name: Path(v) if v and name in paths else v for name, v in fields.items()}
+        return kind(**given)
+
+    return Settings(**{name: read(kind, groups[name]) for name, kind in SAVED_GROUPS.items()})
+
+
+def refuse_changes(settings: Settings, saved: Settings) -> None:
+    """Raises ValueError if a run cannot be continued with other settings than its own."""
+    for group in SAVED_GROUPS:
+        now, then = getattr(settings, group), getattr(saved, group)
+        for name in (field.name for field in dataclasses.fields(now)):
+            ours, theirs = getattr(now, name), getattr(then, name)
+            allowed = name == "devices" or (name == "epochs" and ours > theirs)
+            if ours != theirs and not allowed:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {ours} beside --resume, but this run has {theirs};"
+                    " only --epochs may change, to more, and --devices"
+                )
+
+
+def read_settings(folder: Path) -> Settings:
+    """Reads the settings that a run was started with.
+
+    Raises:
+      ValueError: if there is no run, or its config.json is damaged.
+    """
+    config = read_config(folder)
+    try:
+        return from_json(config["settings"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged or of another version of capsjax: {error}"
+        ) from error
+
+
+def _saved_fields(settings: Settings) -> dict[str, dict[str, Any]]:
+    return {group: dataclasses.asdict(getattr(settings, group)) for group in SAVED_GROUPS}

@@ -1,0 +1,105 @@
+"""Tasks: how a batch is made from the data set, what it costs, and when an answer is right."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax._labels import to_targets
+from capsjax._losses import margin_loss, reconstruction_loss
+from capsjax._pixels import to_unit_interval
+from capsjax.data import shift
+from capsjax.networks import Network, Output
+
+
+class Batch(NamedTuple):
+    """What a step works on."""
+
+    images: jax.Array  # [B, H, W, C], pixels from 0 to 1: the network's input
+    labels: jax.Array  # class numbers [B], or k-hot [B, j]
+    targets: jax.Array  # [B, H, W, C], pixels from 0 to 1: what is to be reconstructed
+
+
+class Task(Protocol):
+    """A task as a value: a frozen, hashable dataclass, the static part of a step.
+
+    All methods are pure and are traced inside the jitted step.
+    """
+
+    def train_batch(
+        self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
+    ) -> Batch:
+        """Makes a training batch of the examples `indices` of a uint8 data set, augmented."""
+
+    def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
+        """Makes a batch for evaluation, without randomness."""
+
+    def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
+        """Calls the network; `labels` are what its decoder may know, None in evaluation."""
+
+    def losses(self, output: Output, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+        """Returns losses by name, [B] each; "loss" is the total, which training minimises."""
+
+    def correct(self, output: Output, batch: Batch) -> jax.Array:
+        """Returns which answers are right, bool [B]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Classifies images, each of one class or of several.
+
+    loss = margin + lam_recon · reconstruction;   of a network without a decoder: loss = margin
+
+    Args:
+      lam_recon: the weight of the reconstruction loss.
+      shift_pixels: the largest shift of a training image in each direction, in pixels.
+
+    References:
+      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5.
+    """
+
+    lam_recon: float
+    shift_pixels: int = 0
+
+    def train_batch(
+        self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
+    ) -> Batch:
+        """Gathers the examples and shifts each image at random."""
+        shifted = to_unit_interval(shift(key, images[indices], self.shift_pixels))
+        return Batch(shifted, labels[indices], shifted)
+
+    def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
+        """Gathers the examples."""
+        pixels = to_unit_interval(images[indices])
+        return Batch(pixels, labels[indices], pixels)
+
+    def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
+        """Calls the network."""
+        return model(batch.images, labels)
+
+    def losses(self, output: Output, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+        """Returns the total, margin and reconstruction losses; the last if there is a decoder."""
+        margin = margin_loss(output.scores, batch.labels)
+        if output.reconstruction is None:
+            return {"loss": margin, "margin": margin}
+        reconstruction = reconstruction_loss(output.reconstruction, batch.targets)
+        loss = margin + self.lam_recon * reconstruction
+        return {"loss": loss, "margin": margin, "reconstruction": reconstruction}
+
+    def correct(self, output: Output, batch: Batch) -> jax.Array:
+        """Returns whether the k classes of highest score are the k of the label; k = 1 mostly."""
+        if batch.labels.ndim < output.scores.ndim:
+            return output.predicted == batch.labels
+        present = to_targets(batch.labels, output.scores.shape)
+        rank = jnp.argsort(jnp.argsort(-output.scores, -1), -1)
+        return jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
+
+
+def batch_shape(task: Task, images: Any, labels: Any) -> tuple[int, int, int]:
+    """Returns (H, W, C) of the images that a task makes of a data set, without making any."""
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
+    height, width, channels = jax.eval_shape(task.test_batch, *arrays, one).images.shape[1:]
+    return height, width, channels
