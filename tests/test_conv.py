@@ -172,6 +172,13 @@ def test_capsnets_second_convolution_needs_484_products_instead_of_2916():
     assert rows.outputs * columns.outputs * 9 * 9 == 2916
 
 
+def test_capsnets_second_convolution_loses_few_digits(dtype):
+    arrays = sample((1, 20, 20, 256), (9, 9, 256, 256), (2, 2), dtype)
+    actual = value_and_gradients((2, 2), *arrays)
+    tolerance = {"float32": 6e-6, "bfloat16": 8e-3}[dtype.__name__]
+    assert_close(actual, definition((2, 2), *arrays), tolerance)
+
+
 def test_capsnets_first_convolution_uses_patches_times_kernel():
     assert plan((28, 28, 1), (9, 9, 1, 256), (1, 1)) is None
 

@@ -98,8 +98,8 @@ def _convolve_fwd(strides, x, w, b):
 
 
 def _convolve_bwd(strides, residuals, dy):
-    # The platform is chosen again here, not by differentiating the forward choice, so that code
-    # for a GPU holds nothing of the CPU's algorithms.
+    # The platform is chosen anew here, not by differentiating the forward choice, so that code for
+    # a GPU contains no operation of the CPU's algorithms.
     return lax.platform_dependent(
         *residuals,
         dy,
