@@ -271,6 +271,12 @@ def test_perturbations_are_sixteen_rows_and_eleven_columns_with_their_names():
     assert inside(figure)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28, 1), (16, 11, 32, 32, 3), (4, 3, 96, 64, 3)])
+@pytest.mark.parametrize("name", ["7", "a name of twenty ch.", "W" * 30])
+def test_no_text_beside_few_or_narrow_perturbations_is_cut_off(shape, name):
+    assert inside(viz.perturbations(np.zeros(shape), np.arange(shape[1]), 0, [name]))
+
+
 def test_perturbations_with_other_offsets_are_refused():
     with pytest.raises(ValueError, match=r"offsets \[n\]"):
         viz.perturbations(np.zeros((16, 11, 8, 8, 1)), np.zeros(10), 0, DIGITS)

@@ -5,10 +5,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from capsjax.viz._text import DPI, write_title
+from capsjax.viz._text import DPI, TITLE_FONT, measure_width, write_title
 
 _MARGIN = 15  # screen pixels around a grid where nothing is written
-_MIN_WIDTH = 480  # screen pixels, room for a title
+_TITLE_MARGIN = 4  # screen pixels at the right of a title that is wider than its grid
+_MIN_WIDTH = 480  # screen pixels
 
 
 def image_grid(images: ArrayLike, columns: int, *, separator: int = 1) -> np.ndarray:
@@ -79,12 +80,19 @@ def draw_grid(
     *,
     left: int = _MARGIN,
     top: int = 40,
+    min_height: int = 0,
 ) -> tuple[Figure, Axes]:
-    """Draws a grid under a title, with `left` and `top` screen pixels beside and above it."""
+    """Draws a grid under a title, with `left` and `top` screen pixels beside and above it.
+
+    The figure is at least `min_height` screen pixels high.
+    """
     height, width = scale * grid.shape[0], scale * grid.shape[1]
-    full_width, full_height = max(left + width + _MARGIN, _MIN_WIDTH), top + height + _MARGIN
+    bottom = max(_MARGIN, min_height - top - height)
+    title_width = measure_width(title, TITLE_FONT) + _TITLE_MARGIN
+    full_width = max(left + width + _MARGIN, left + title_width, _MIN_WIDTH)
+    full_height = top + height + bottom
     figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI)
-    position = left / full_width, _MARGIN / full_height, width / full_width, height / full_height
+    position = left / full_width, bottom / full_height, width / full_width, height / full_height
     axes = figure.add_axes(position)
     write_title(axes, title)
     axes.imshow(grid, interpolation="nearest" if scale >= 1 else "antialiased")

@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 from capsjax.viz._grids import choose_scale, draw_grid, image_grid, to_rgb
 from capsjax.viz._text import FONT, format_class_name
 
+_MIN_HEIGHT = 290  # screen pixels, room for the label of the rows
+
 
 def perturbations(
     images: ArrayLike, offsets: ArrayLike, label: int, class_names: Sequence[str]
@@ -49,7 +51,7 @@ def perturbations(
     grid = image_grid(pixels.reshape(-1, height, width, 3), columns, separator=separator)
     name = format_class_name(class_names[label], label)
     title = f"The capsule of “{name}”, one of its {dimensions} numbers moved"
-    figure, axes = draw_grid(grid, scale, title, left=60, top=85)
+    figure, axes = draw_grid(grid, scale, title, left=60, top=85, min_height=_MIN_HEIGHT)
     _label_rows(axes, _locate_centres(dimensions, height, separator))
     _label_columns(axes, _locate_centres(columns, width, separator), offsets)
     return figure

@@ -23,9 +23,9 @@ def draw_sentence(text: str) -> Figure:
     return figure
 
 
-def measure_width(line: str) -> float:
+def measure_width(line: str, font: FontProperties = FONT) -> float:
     """Returns the width of a line of text in screen pixels."""
-    width, _, _ = RendererAgg(1, 1, DPI).get_text_width_height_descent(line, FONT, False)
+    width, _, _ = RendererAgg(1, 1, DPI).get_text_width_height_descent(line, font, False)
     return width
 
 
