@@ -1,5 +1,6 @@
 """Grids and figures: the right pixels at the right places."""
 
+import csv
 import io
 
 import jax.numpy as jnp
@@ -15,14 +16,14 @@ DIGITS = "0123456789"
 
 
 def rendered(figure):
-    """What `figure.savefig` writes, read back with Pillow: uint8 [height, width, 3]."""
+    """Reads back what `figure.savefig` writes: uint8 [height, width, 3]."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return np.asarray(Image.open(file).convert("RGB"))
 
 
 def shown(figure):
-    """The image grid in a figure, at the place and in the size that it has in the PNG."""
+    """Cuts the image grid out of a figure's PNG."""
     (axes,) = figure.axes
     box = axes.get_window_extent()
     pixels = rendered(figure)
@@ -34,21 +35,15 @@ def texts(figure):
     return [text.get_text() for owner in (figure, *figure.axes) for text in owner.texts]
 
 
+def titles(figure):
+    return [axes.get_title("left") for axes in figure.axes]
+
+
 def inside(figure):
-    """Whether every piece of text lies within the figure."""
-    figure.canvas.draw()
+    """Returns whether everything drawn, text included, lies within the figure."""
+    figure.draw_without_rendering()
     width, height = figure.bbox.width, figure.bbox.height
-    pieces = [
-        piece
-        for axes in figure.axes
-        for piece in (
-            *axes.texts,
-            axes._left_title,
-            *axes.get_xticklabels(),
-            *axes.get_yticklabels(),
-        )
-    ]
-    boxes = [piece.get_window_extent() for piece in pieces if piece.get_text()]
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
     return all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= width and b.y1 <= height for b in boxes)
 
 
@@ -113,6 +108,88 @@ def metrics(epochs, **columns):
     return [{"epoch": e, **{k: v(e) for k, v in columns.items()}} for e in range(1, epochs + 1)]
 
 
+def rows_of_a_run(*names, splits=("train", "validation", "test"), epochs=3):
+    """Makes the rows that a run writes, in its order of columns, as numbers."""
+    columns = {f"{split}_{name}": lambda e: 2 / e for split in splits for name in names}
+    before = {"step": lambda e: 600 * e, "learning_rate": lambda e: 0.9**e}
+    after = {"seconds": lambda e: 3.5, "images_per_second": lambda e: 171.0}
+    return metrics(epochs, **before, **columns, **after)
+
+
+def as_read_from_csv(rows):
+    """Writes rows as a CSV file and reads them back as text."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return list(csv.DictReader(io.StringIO(file.getvalue())))
+
+
+def test_a_run_of_capsnet_has_four_panels_with_error_and_total_loss_first():
+    figure = viz.curves(rows_of_a_run("loss", "margin", "reconstruction", "error"))
+    expected = ["error (% of images)", "total loss", "margin loss", "reconstruction loss"]
+    assert titles(figure) == expected
+
+
+@pytest.mark.parametrize("empty", [{}, {"test_reconstruction": lambda e: ""}])
+def test_a_network_without_a_decoder_has_no_panel_of_reconstructions(empty):
+    rows = rows_of_a_run("loss", "margin", "error")
+    rows = [row | extra for row, extra in zip(rows, metrics(3, **empty), strict=True)]
+    assert titles(viz.curves(rows)) == ["error (% of images)", "total loss", "margin loss"]
+
+
+def test_the_losses_of_another_task_have_panels_of_their_own_in_the_order_of_the_columns():
+    rows = rows_of_a_run("loss", "spread", "recon_left", "recon_right", "error")
+    losses = ["spread loss", "recon_left loss", "recon_right loss"]
+    assert titles(viz.curves(rows)) == ["error (% of images)", "total loss", *losses]
+
+
+def test_a_column_that_only_one_row_has_is_drawn_too():
+    figure = viz.curves([{"epoch": 1, "test_loss": 1.0}, {"epoch": 2, "train_new": 2.0}])
+    assert titles(figure) == ["total loss", "new loss"]
+
+
+def test_columns_that_are_not_of_a_split_have_no_panel():
+    others = {"epoch": 1, "trainer_loss": 1.0, "test_": 1.0, "test": 1.0, "loss": 1.0, None: ["1"]}
+    assert titles(viz.curves([others | {"test_error": 1.0}])) == ["error (% of images)"]
+
+
+def test_a_run_without_validation_has_its_panels_without_validation():
+    rows = rows_of_a_run("loss", "error", splits=("train", "test"))
+    for empty in ({}, {"validation_loss": "", "validation_error": ""}):
+        for axes in viz.curves([row | empty for row in rows]).axes:
+            labels = [line.get_label() for line in axes.lines]
+            assert labels == ["training (last: 0.667)", "test (last: 0.667)"]
+
+
+def test_rows_read_from_a_csv_file_are_drawn_as_their_numbers_are():
+    rows = rows_of_a_run("loss", "margin", "error")
+    rows[1]["validation_error"] = ""
+    pictures = [rendered(viz.curves(given)) for given in (rows, as_read_from_csv(rows))]
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_panels_stand_two_in_a_row_and_nothing_empty_is_drawn(number):
+    names = ["error", "loss", "margin", "left", "right"][:number]
+    figure = viz.curves(rows_of_a_run(*names))
+    pixels = rendered(figure)
+    assert pixels.shape == (350 * -(-number // 2), 500 * min(number, 2), 3)
+    assert inside(figure)
+    assert len(figure.axes) == number
+    assert all(axes.lines for axes in figure.axes)
+    rows = [pixels[top : top + 350] for top in range(0, len(pixels), 350)]
+    cells = [row[:, left : left + 500] for row in rows for left in range(0, row.shape[1], 500)]
+    drawn = [bool((cell < 100).any()) for cell in cells]
+    assert drawn == [True] * number + [False] * (len(cells) - number)
+
+
+@pytest.mark.parametrize("value", ["", None, "nan", float("inf")])
+def test_where_no_value_is_finite_the_picture_says_so(value):
+    figure = viz.curves([{"epoch": 1, "test_error": value, "test_loss": value}])
+    assert texts(figure) == ["No error or loss has a finite value"]
+
+
 def test_curves_draw_every_split_that_has_values():
     rows = metrics(
         3,
@@ -121,17 +198,16 @@ def test_curves_draw_every_split_that_has_values():
         test_error=lambda e: 8 / e,
         test_margin=lambda e: 0.1 / e,
     )
-    error, loss, margin, reconstruction = viz.curves(rows).axes
+    error, margin = viz.curves(rows).axes
     assert [line.get_label() for line in error.lines] == ["training (last: 3)", "test (last: 2.67)"]
     np.testing.assert_allclose(np.asarray(error.lines[0].get_ydata()), [9, 4.5, 3])
     np.testing.assert_allclose(np.asarray(error.lines[1].get_xdata()), [1, 2, 3])
     assert len(margin.lines) == 1
-    assert not loss.lines
-    assert not reconstruction.lines
 
 
-def test_a_zero_in_a_csv_file_is_drawn_as_a_value():
-    (line,) = viz.curves(metrics(2, test_error=lambda e: "0.0")).axes[0].lines
+@pytest.mark.parametrize("zero", [0.0, "0.0"])
+def test_a_zero_is_drawn_as_a_value(zero):
+    (line,) = viz.curves(metrics(2, test_error=lambda e: zero)).axes[0].lines
     assert np.asarray(line.get_ydata()).tolist() == [0.0, 0.0]
 
 
@@ -195,6 +271,12 @@ def test_perturbations_are_sixteen_rows_and_eleven_columns_with_their_names():
     assert inside(figure)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28, 1), (16, 11, 32, 32, 3), (4, 3, 96, 64, 3)])
+@pytest.mark.parametrize("name", ["7", "a name of twenty ch.", "W" * 30])
+def test_no_text_beside_few_or_narrow_perturbations_is_cut_off(shape, name):
+    assert inside(viz.perturbations(np.zeros(shape), np.arange(shape[1]), 0, [name]))
+
+
 def test_perturbations_with_other_offsets_are_refused():
     with pytest.raises(ValueError, match=r"offsets \[n\]"):
         viz.perturbations(np.zeros((16, 11, 8, 8, 1)), np.zeros(10), 0, DIGITS)
@@ -226,12 +308,13 @@ def test_where_nothing_is_misread_the_picture_says_so():
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (24, 60, 3), (300, 200, 3)])
-@pytest.mark.parametrize("classes", [2, 47])
+@pytest.mark.parametrize("num_classes", [2, 47])
 @pytest.mark.parametrize("length", [1, 12, 80])
-def test_names_of_any_length_neither_overlap_nor_leave_the_figure(shape, classes, length):
-    names = [f"{n:02}"[-length:] + "W" * (length - 2) for n in range(classes)]
-    labels = np.arange(15) % classes
-    figure = viz.misread(np.zeros((15, *shape), np.uint8), labels, (labels + 1) % classes, names)
+def test_names_of_any_length_neither_overlap_nor_leave_the_figure(shape, num_classes, length):
+    names = [f"{n:02}"[-length:] + "W" * (length - 2) for n in range(num_classes)]
+    labels = np.arange(15) % num_classes
+    predicted = (labels + 1) % num_classes
+    figure = viz.misread(np.zeros((15, *shape), np.uint8), labels, predicted, names)
     assert inside(figure)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
@@ -246,5 +329,5 @@ def test_names_that_the_font_cannot_write_are_replaced_by_their_number():
 
 
 def test_labels_of_another_number_than_images_are_refused():
-    with pytest.raises(ValueError, match=r"predicted classes \[N\]"):
+    with pytest.raises(ValueError, match=r"labels \[N\] and predicted \[N\]"):
         viz.misread(np.zeros((3, 8, 8, 1)), [1, 2, 3], [1, 2], DIGITS)
