@@ -247,8 +247,9 @@ def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Callable, Callable]:
 
 def _split(model: Network) -> tuple[nnx.GraphDef, Any, Any]:
     """Returns the graph, the parameters and the batch statistics."""
-    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+    graphdef, *variables = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, statistics = map(nnx.to_pure_dict, variables)
+    return graphdef, params, statistics
 
 
 def _merge(graphdef: nnx.GraphDef, params: Any, statistics: Any) -> Network:
