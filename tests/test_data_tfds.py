@@ -1,10 +1,13 @@
 """Tests that data sets prepared by TFDS are read from every folder and format that users have."""
 
 import io
+import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 
 from capsjax import data
-from capsjax.data import _tfrecord
+from capsjax.data import _cache, _tfrecord
 from data_files import (
     assert_same_digits,
     compute_crc32c,
@@ -184,6 +187,30 @@ def test_a_data_set_whose_cache_cannot_be_written_is_still_read(prepared):
     before = sorted(folder.iterdir())
     assert_same_digits(data.load("mnist", prepared), digits())
     assert sorted(folder.iterdir()) == before
+
+
+def test_other_users_may_read_the_cache_whatever_the_umask(prepared):
+    path = prepared / "mnist" / "3.0.1" / "capsjax_cache.npz"
+    path.unlink()
+    umask = os.umask(0o077)
+    try:
+        data.load("mnist", prepared)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_caches_written_at_the_same_time_leave_one_complete_file(prepared):
+    dataset = data.load("mnist", prepared)
+    folder = prepared / "mnist" / "3.0.1"
+    before = sorted(folder.iterdir())
+    # Threads share a process id, and so may processes in two containers: their drafts collide.
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _cache.write(folder, dataset), range(40)))
+    assert sorted(folder.iterdir()) == before
+    cached = _cache.read(folder, "the cache")
+    assert cached is not None
+    assert_same_digits(cached, digits())
 
 
 def test_changed_records_are_decoded_again(prepared, tmp_path):

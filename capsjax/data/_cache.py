@@ -7,12 +7,11 @@ shortcut: a cache that is missing, damaged or older than the records is silently
 import contextlib
 import dataclasses
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from capsjax._files import write_atomically
 from capsjax.data import _npz
 from capsjax.data._dataset import DataError, Dataset, build_dataset
 
@@ -38,16 +37,10 @@ def write(prepared: Path, dataset: Dataset) -> None:
     """Caches the arrays, unless the folder cannot be written."""
     arrays = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
     del arrays["source"]
-    with contextlib.suppress(OSError):
-        handle, draft = tempfile.mkstemp(dir=prepared, prefix=f".{_FILE}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, fingerprint=_compute_fingerprint(prepared), **arrays)
-            os.chmod(draft, 0o644)
-            os.replace(draft, prepared / _FILE)
-        except BaseException:
-            os.unlink(draft)
-            raise
+    with contextlib.suppress(OSError), write_atomically(prepared / _FILE) as part:
+        with part.open("wb") as file:  # to a path, np.savez would append .npz
+            np.savez(file, fingerprint=_compute_fingerprint(prepared), **arrays)
+        part.chmod(0o644)  # other users of the folder read it too, whatever this one's umask
 
 
 def _compute_fingerprint(prepared: Path) -> str:
