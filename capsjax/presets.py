@@ -11,7 +11,7 @@ from capsjax.networks import CapsNetConfig, NetworkConfig
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a network is trained; each field is a flag of the command line."""
+    """How the network is trained."""
 
     epochs: int = 50
     """Passes over the training images."""
