@@ -36,8 +36,8 @@ class Images:
     """MNIST comes with the package and needs no download."""
 
     dataset: str = "mnist"
-    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets. Give your
-    own data a name of its own: 28×28 images named mnist get the names of its classes."""
+    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets. Give
+    your own data another name: 28×28 images named mnist get the names of its classes."""
     data_dir: Path | None = None
     """Where the images are: a TFDS folder, IDX files, an .npz, or train/CLASS/*.png and test/…"""
     download: bool = False
@@ -99,9 +99,9 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """Started on each of several hosts, the same command trains one network on the devices of all,
-    which together must divide the batch. The hosts need the same images and a folder to which all can
-    write. If one process dies, the others end within a minute. --resume continues with any number of
-    processes: with the same number to the bit (on CPUs), with another number up to rounding."""
+    which together must divide the batch. The hosts need the same images and a folder to which all
+    can write. If one process dies, the others end within a minute. --resume continues with any
+    number of processes: with the same number to the bit (on CPUs), else up to rounding."""
 
     coordinator: str | None = None
     """HOST:PORT where process 0 listens to the others."""
@@ -110,8 +110,8 @@ class Processes:
     process_id: int | None = None
     """Number of this process, from 0."""
     distributed: bool = False
-    """Take these three from the launcher: SLURM or Open MPI (5 needs mpi4py), one task per GPU, or a
-    TPU pod."""
+    """Take these three from the launcher: SLURM or Open MPI (5 needs mpi4py), one task per GPU, or
+    a TPU pod."""
 
     def __post_init__(self) -> None:
         match self.coordinator, self.num_processes, self.process_id:
