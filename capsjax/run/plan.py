@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -142,9 +143,14 @@ def _make_state(
     image_shape = batch_shape(task, dataset.x_test, dataset.y_test)
     average, file = settings.training.average, settings.run.network_file
     if file is None:
-        # One compilation instead of one for each kind of array.
-        draw = lambda: _draw(settings, preset, image_shape, dataset.num_classes)  # noqa: E731
-        graphdef, state = jax.jit(lambda: create(draw(), optimizer, task, average=average))()
+
+        def draw() -> tuple[nnx.GraphDef, TrainState]:
+            model = _draw(settings, preset, image_shape, dataset.num_classes)
+            drawn = create(model, optimizer, task, average=average)
+            # A step returns no weak types, so with them it would be compiled a second time.
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), drawn)
+
+        graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
     else:
         model = _read(file, image_shape, dataset.num_classes, settings.recipe.routings)
         graphdef, state = create(model, optimizer, task, average=average)

@@ -215,10 +215,13 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(start, copied):
     assert read_tree(copied) == before
 
 
-def test_each_step_is_compiled_once(start):
+@pytest.mark.parametrize("kind", ["seed", "paper", "file"])
+def test_each_step_is_compiled_once(start, plain, kind):
+    file = {"weights": plain.folder / "weights.safetensors"}
+    flags = file if kind == "file" else {"preset": kind}
     chex.clear_trace_counter()
     with contextlib.ExitStack() as stack:
         for name in ("train_step", "eval_step"):
             once = chex.assert_max_traces(getattr(train, name), n=1)
             stack.enter_context(mock.patch.object(train, name, once))
-        assert start(epochs=3).status == 0
+        assert start(epochs=3, **flags).status == 0

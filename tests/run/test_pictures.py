@@ -66,7 +66,7 @@ def test_a_number_moved_by_nothing_leaves_the_reconstruction():
 def test_each_number_of_the_longest_capsule_is_moved_by_itself():
     model, image = make_network((16, 16, 1), 3), make_images(1, (16, 16, 1))[0]
     moved = pictures.perturbed(model, image, pictures.OFFSETS)
-    capsules = model(jnp.asarray(image / 255, jnp.float32)).capsules
+    capsules = jax.jit(lambda image: model(image).capsules)(jnp.asarray(image / 255, jnp.float32))
     longest = int(capsjax.length(capsules).argmax())
     layers = [(layer.kernel[...], layer.bias[...]) for layer in model.decoder]
     for number, column in [(0, 0), (5, 10), (15, 7)]:
