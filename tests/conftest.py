@@ -1,4 +1,4 @@
-"""What every test runs with: eight CPU devices, a home of its own, no rank promotion."""
+"""Gives every test eight CPU devices, a home of its own, and errors for rank promotion."""
 
 import os
 
@@ -25,15 +25,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("capsjax")
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """Makes a folder of this session, the same in every worker."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _matplotlib_folder(tmp_path_factory):
-    """One for all tests and their processes: matplotlib lists the fonts once for each."""
-    os.environ["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))
+def _matplotlib_folder(shared_folder):
+    """Gives all tests and their processes one folder, in which matplotlib lists the fonts once."""
+    os.environ["MPLCONFIGDIR"] = str(shared_folder / "matplotlib")
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path_factory, monkeypatch):
-    """No test reads or writes what a user keeps at home."""
+    """Hides what the user keeps at home."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
@@ -42,13 +51,13 @@ def _home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same in every run."""
+    """Makes random numbers, the same in every run."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture(params=[jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def dtype(request):
-    """A float dtype."""
+    """Returns a float dtype."""
     return request.param
 
 
@@ -63,13 +72,13 @@ def _form(request):
 
 @pytest.fixture
 def lead(_form) -> tuple[int, ...]:
-    """Leading axes."""
+    """Returns the leading axes."""
     return _form[1]
 
 
 @pytest.fixture
 def call(_form):
-    """Calls a function on arrays that all begin with the axes `lead`: as it is, jitted, mapped."""
+    """Calls a function, plain, jitted or mapped, on arrays that all begin with the axes `lead`."""
     how, _ = _form
     transform = {"eager": lambda f: f, "jit": jax.jit, "vmap": lambda f: jax.jit(jax.vmap(f))}[how]
     return lambda function, *arrays: transform(function)(*arrays)

@@ -1,7 +1,6 @@
-"""The runs and the compiled steps that these tests share, whatever the worker."""
+"""Shares runs and compiled steps between these tests, whatever the worker."""
 
 import functools
-import os
 import pickle
 import re
 import shutil
@@ -13,18 +12,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import Outcome, run_command, write_images
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """A folder of this session, the same in every worker."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cache(shared_folder):
-    """What one test compiled the others load; compiling takes far longer than the tiny steps."""
+    """Keeps what a test compiled for the others: compiling takes far longer than the tiny steps."""
     settings = {
         "jax_compilation_cache_dir": str(shared_folder / "compiled"),
         "jax_compilation_cache_max_size": 2**32,  # with a limit JAX locks the cache, else not
@@ -43,7 +33,7 @@ def _compile_cache(shared_folder):
 
 @pytest.fixture(scope="session")
 def base(shared_folder):
-    """The flags that every run of these tests shares."""
+    """Writes the images and returns the flags that every run shares."""
     path = shared_folder / "tiny.npz"
     with FileLock(shared_folder / "tiny.lock"):
         if not path.exists():
@@ -64,7 +54,7 @@ def start(tmp_path, base):
 # Not of the session, whose fixtures are made before a module's compilation cache.
 @pytest.fixture(scope="module")
 def trained(shared_folder, base):
-    """Runs that end by themselves, each trained once for all tests; for reading only.
+    """Trains a run to its end, once for all tests, which may only read it.
 
     The one without flags has its pictures.
     """
@@ -85,11 +75,11 @@ def trained(shared_folder, base):
 
 @pytest.fixture(scope="module")
 def plain(trained):
-    """A run with every default of the tiny preset, with its pictures."""
+    """Trains a run with every default of the tiny preset, with its pictures."""
     return trained()
 
 
 @pytest.fixture
 def copied(tmp_path, plain):
-    """A copy of the plain run, to be changed."""
+    """Copies the plain run, to be changed."""
     return shutil.copytree(plain.folder, tmp_path / "copied")

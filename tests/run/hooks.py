@@ -14,7 +14,7 @@ Action = Callable[[TrainState, Diagnostics], tuple[TrainState, Diagnostics]]
 
 @contextlib.contextmanager
 def after_step(step: int, act: Action) -> Iterator[None]:
-    """Has `act` called with the state and diagnostics of a step; it returns what takes effect."""
+    """Calls `act` with the state and diagnostics of a step; what it returns takes effect."""
 
     def jit_steps_with_hook(*args: Any) -> tuple[Callable, Callable]:
         train, evaluate = jit_steps(*args)

@@ -88,7 +88,7 @@ def test_a_folder_in_use_by_a_living_process_is_refused_until_it_dies(start, pla
         process.kill()
         process.wait()
     assert run_command(resume=copied, epochs=3).status == 0
-    assert run_command(resume=copied, epochs=4).status == 0  # and it lets go when it ends
+    assert run_command(resume=copied, epochs=4).status == 0  # the lock was released at its end
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(start):

@@ -69,7 +69,7 @@ def _registry():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base):
-    """A run that nobody disturbed, with its pictures."""
+    """Trains a run that nobody disturbs, with its pictures."""
     outcome = run_command(BARE, pictures=True, save_dir=tmp_path_factory.mktemp("bare"), **base)
     assert outcome.status == 0, outcome.err
     return outcome

@@ -100,7 +100,7 @@ def wait_for(processes: list[subprocess.Popen], timeout: float = 240) -> list[tu
 
 @pytest.fixture(scope="module")
 def unbroken(start, folder):
-    """The folders of undisturbed runs of one, two and four processes."""
+    """Trains undisturbed runs of one, two and four processes and returns their folders."""
     folders = {}
     for n in (1, 2, 4):
         folders[n] = folder / f"unbroken-{n}"

@@ -67,7 +67,7 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(run, folder):
-    """The folder of a run that nobody disturbed."""
+    """Trains a run that nobody disturbs and returns its folder."""
     with run(save_dir=folder / "unbroken") as process:
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out

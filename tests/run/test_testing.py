@@ -32,9 +32,9 @@ def test_testing_into_another_folder_leaves_the_run_alone(plain, tmp_path):
     assert read_tree(plain.folder) == before
 
 
-def test_testing_takes_the_settings_of_the_run(trained):
+def test_testing_takes_the_settings_of_the_run(trained, tmp_path):
     folder = trained(preset="paper").folder
-    outcome = run_command(testing=True, weights=folder)
+    outcome = run_command(testing=True, weights=folder, save_dir=tmp_path)
     assert outcome.out.splitlines()[-1] == trained(preset="paper").out.splitlines()[-1]
 
 
