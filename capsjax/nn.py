@@ -177,8 +177,8 @@ class Decoder(nnx.List):
 
 def as_routing(routings: int | Routing) -> Routing:
     """Returns routing by agreement for a number of iterations, any other routing as it is."""
-    # A number of another type is refused by Agreement.
-    return Agreement(routings) if isinstance(routings, int | float) else routings
+    # What is neither an int nor a routing is refused by Agreement.
+    return routings if callable(routings) else Agreement(routings)
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:

@@ -11,10 +11,13 @@ from capsjax.networks._network import NetworkConfig
 def config_to_json(config: Any) -> dict[str, Any]:
     """Returns a config, or the routing in it, as its name and fields."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        "name": config.name,
-        **{n: config_to_json(v) if dataclasses.is_dataclass(v) else v for n, v in fields.items()},
-    }
+    return {"name": config.name, **{n: _to_json(value) for n, value in fields.items()}}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return config_to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 def config_from_json(
@@ -47,7 +50,7 @@ def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
 def _read(value: Any, kinds: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
         return _build(value, kinds)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_read(item, kinds) for item in value) if isinstance(value, list) else value
 
 
 def with_iterations(config: Any, iterations: int) -> Any:

@@ -66,6 +66,7 @@ class CapsNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routing", as_routing(self.routing))
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, whatever it was
         sizes = (self.channels, self.kernel_size, self.types, self.dim_primary, self.dim_class)
         if min(*sizes, *self.hidden) < 1:
             raise ValueError(f"CapsNet: sizes are 1 or more, got {(*sizes, *self.hidden)}")
