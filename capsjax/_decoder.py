@@ -1,4 +1,4 @@
-"""Class capsules -> reconstructed image."""
+"""The decoder: from class capsules to a reconstructed image."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def mask(capsules: ArrayLike, labels: ArrayLike | None = None) -> jax.Array:
         capsule, as in evaluation.
 
     Returns:
-      x: [..., j·d], flat, as the decoder takes it, in the dtype of `capsules`.
+      x: [..., j·d], flattened for the decoder, in the dtype of `capsules`.
 
     Raises:
       ValueError: if a shape does not fit.
@@ -81,7 +81,7 @@ def perturb(capsules: ArrayLike, offsets: ArrayLike) -> jax.Array:
 
 
 def decode(params: Sequence[tuple[ArrayLike, ArrayLike]], x: ArrayLike) -> jax.Array:
-    """The decoder: dense layers with ReLU, the last one with a sigmoid, whose outputs are pixels.
+    """Draws pixels from capsules: dense layers with ReLU, the last one with a sigmoid.
 
     h = max(0, h·kernel + bias), …, pixels = σ(h·kernel + bias)
 
@@ -93,7 +93,7 @@ def decode(params: Sequence[tuple[ArrayLike, ArrayLike]], x: ArrayLike) -> jax.A
       Pixels [..., H·W·C] between 0 and 1, in the dtype of `x`.
 
     Raises:
-      ValueError: if a layer does not take what the one before gives.
+      ValueError: if a layer does not fit the output of the one before it.
 
     Example:
       >>> import jax.numpy as jnp, capsjax

@@ -1,4 +1,4 @@
-"""The margin loss, the reconstruction loss, and their sum."""
+"""Losses: margin, reconstruction, and their weighted sum."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def margin_loss(
     m_minus: float = 0.1,
     down_weight: float = 0.5,
 ) -> jax.Array:
-    """The margin loss: present classes should be longer than m⁺, absent ones shorter than m⁻.
+    """Computes the margin loss: present classes want |v| > m⁺, absent ones |v| < m⁻.
 
     L = Σ_j T_j max(0, m⁺ − |v_j|)² + λ (1 − T_j) max(0, |v_j| − m⁻)²        (eq. 4)
 
@@ -25,7 +25,7 @@ def margin_loss(
       labels: class numbers [...], or one-hot or k-hot labels T [..., j].
       m_plus: m⁺.
       m_minus: m⁻.
-      down_weight: λ, which keeps the first steps from shrinking every capsule.
+      down_weight: λ, which keeps the first steps from shrinking all capsules.
 
     Returns:
       The loss of each example, [...], float32.
@@ -51,7 +51,7 @@ def margin_loss(
 
 
 def reconstruction_loss(reconstruction: ArrayLike, images: ArrayLike) -> jax.Array:
-    """The mean squared error over the pixels of an image.
+    """Computes the mean squared error over the pixels of an image.
 
     L = 1/(H·W·C) Σ (x̂ − x)²
 
@@ -63,7 +63,7 @@ def reconstruction_loss(reconstruction: ArrayLike, images: ArrayLike) -> jax.Arr
       The loss of each example, [...], float32.
 
     Raises:
-      ValueError: if the shapes differ or are no images.
+      ValueError: if the shapes differ or are not those of images.
 
     Example:
       >>> import jax.numpy as jnp, capsjax
@@ -73,7 +73,7 @@ def reconstruction_loss(reconstruction: ArrayLike, images: ArrayLike) -> jax.Arr
 
     References:
       XifengGuo/CapsNet-Pytorch. Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §4.1 sums over
-      the pixels instead, so a weight for the sum is H·W·C times larger for this mean.
+      the pixels instead; their weight times H·W·C is the weight of this mean.
     """
     reconstruction, images = jnp.asarray(reconstruction), jnp.asarray(images)
     if reconstruction.shape != images.shape or images.ndim < 3:
@@ -88,7 +88,7 @@ def reconstruction_loss(reconstruction: ArrayLike, images: ArrayLike) -> jax.Arr
 def caps_loss(
     y_true: ArrayLike, y_pred: ArrayLike, x: ArrayLike, x_recon: ArrayLike, lam_recon: float
 ) -> jax.Array:
-    """The total loss of CapsNet over a batch.
+    """Computes the total loss of CapsNet over a batch.
 
     L = mean(margin loss) + lam_recon · mean(reconstruction loss)
 
@@ -103,7 +103,7 @@ def caps_loss(
       A float32 scalar.
 
     Raises:
-      ValueError: as `margin_loss` and `reconstruction_loss`.
+      ValueError: under the same conditions as `margin_loss` and `reconstruction_loss`.
 
     Example:
       >>> import jax.numpy as jnp, capsjax

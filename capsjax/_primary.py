@@ -1,4 +1,4 @@
-"""Convolution output -> primary capsules."""
+"""Primary capsules: a convolution whose outputs are grouped into vectors."""
 
 from typing import Literal, get_args
 
@@ -22,7 +22,7 @@ def primary_capsules(
     grouping: Grouping = "channels",
     coupling: float = 1.0,
 ) -> jax.Array:
-    """The first capsule layer: a valid convolution whose outputs are grouped into vectors.
+    """Computes the first capsule layer: a valid convolution, its outputs grouped into vectors.
 
     u_i = squash(coupling · (kernel ∗ x)_i + bias_i)
 
@@ -31,19 +31,19 @@ def primary_capsules(
       kernel: [kh, kw, C, types·dim].
       bias: [types·dim].
       dim: k, the numbers in a capsule.
-      strides: of the convolution, in pixels, the same both ways.
+      strides: of the convolution, in pixels, the same in both directions.
       grouping: "channels", as in the paper: a capsule is `dim` neighbouring channels at one
         position, and i runs over (row, column, type). "flat": a capsule is `dim` neighbouring
-        values of the flattened [channels, rows, columns], which is what `.view(batch, -1, dim)`
-        makes of a channels-first tensor; for weights that were trained so.
-      coupling: the constant that the convolution is multiplied by. The authors' released code
-        routes once over the types, so there it is 1/types.
+        values of the flattened [channels, rows, columns], as `.view(batch, -1, dim)` makes them
+        of a channels-first tensor; weights trained that way need it.
+      coupling: a constant factor on the convolution. The authors' released code routes once over
+        the types, which makes it 1/types.
 
     Returns:
       u: [..., i, k] in the dtype of `x`, each capsule shorter than 1.
 
     Raises:
-      ValueError: if a shape does not fit, the channels (or values, if flat) are no multiple of
+      ValueError: if a shape does not fit, the channels (or values, if flat) are not a multiple of
         `dim`, or `grouping` is unknown.
 
     Example:
@@ -60,7 +60,9 @@ def primary_capsules(
     x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias)
     dtype = float_dtype(x)
     if grouping not in get_args(Grouping):
-        raise ValueError(f"primary_capsules: grouping is one of {get_args(Grouping)}: {grouping!r}")
+        raise ValueError(
+            f"primary_capsules: grouping is one of {get_args(Grouping)}, got {grouping!r}"
+        )
     if bias.shape != kernel.shape[-1:]:
         raise ValueError(
             f"primary_capsules: expected a bias of shape {list(kernel.shape[-1:])} for a kernel of "

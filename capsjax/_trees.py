@@ -1,4 +1,4 @@
-"""The arrays of a tree by name, as files hold them."""
+"""Trees of arrays as names and arrays, which is how files hold them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,22 +8,22 @@ import numpy as np
 
 
 class WeightsError(ValueError):
-    """Arrays or a file that are no network of the kind that was expected."""
+    """Raised when arrays or a file do not hold the network that was expected."""
 
 
 def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its path, as `params.conv1.kernel`."""
+    """Yields every leaf with its path, such as `params.conv1.kernel`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield prefix + jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def fill(template: Any, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Any:
-    """Puts arrays into a tree of the same names and shapes.
+    """Fills a tree with arrays of the same names and shapes.
 
     Args:
-      template: the tree, whose leaves have shapes and dtypes.
+      template: a tree whose leaves have shapes and dtypes.
       arrays: by their path.
-      prefix: the path of `template` itself within `arrays`, with its dot, as `params.`.
+      prefix: the path of `template` itself within `arrays`, with its dot, such as `params.`.
 
     Returns:
       A tree like `template`.
@@ -39,7 +39,7 @@ def fill(template: Any, arrays: Mapping[str, np.ndarray], prefix: str = "") -> A
         theirs = list(found[name].shape) if name in found else "no such array"
         if ours != theirs:
             raise WeightsError(
-                f"weights of another network: {name} is {ours} here and {theirs} there"
+                f"weights of another network: expected {name} as {ours}, got {theirs}"
             )
         if not np.isfinite(found[name]).all():
             raise WeightsError(f"{name} holds values that are not finite numbers")

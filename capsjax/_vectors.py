@@ -1,7 +1,8 @@
-"""One capsule vector: its length, and the squashing nonlinearity.
+"""Capsule vectors: their length, and the squashing nonlinearity.
 
-Both are safe at zero. d|s|/ds = s/|s| has no value there, and `s / (|s| + eps)` hides that in the
-value only, not in the gradient; so a zero vector takes its own branch, and its gradient is 0.
+Both are safe at zero. The derivative of the length, s/|s|, is undefined there, and
+`s / (|s| + eps)` mends only the value, not the gradient. So a zero vector takes a branch of its
+own, and its gradient is 0.
 """
 
 import jax
@@ -10,25 +11,27 @@ from jax.typing import ArrayLike
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """Returns `x` in the dtype that sums run in: float32, or wider if `x` is."""
+    """Converts `x` to the dtype in which sums run: float32, or wider if `x` is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def float_dtype(x: jax.Array) -> jnp.dtype:
-    """Returns the dtype of results for an input `x`: its own, or float32 for integers."""
+    """Returns the dtype of the results for an input `x`: its own, or float32 for integers."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
 def length(x: ArrayLike, axis: int = -1, *, keepdims: bool = False) -> jax.Array:
-    """The Euclidean length of vectors, |x| = √(Σ x²), with gradient 0 at x = 0.
+    """Computes the Euclidean length of vectors, with gradient 0 at x = 0.
+
+    |x| = √(Σ x²)
 
     Args:
       x: vectors along `axis`, of any shape and float dtype; sums run in float32.
       axis: the axis of a vector's components.
-      keepdims: keeps `axis` with size 1.
+      keepdims: whether `axis` is kept, with size 1.
 
     Returns:
-      The lengths, without `axis`, in the dtype of `x`. Squares under 1e-38 count as zero.
+      The lengths, without `axis`, in the dtype of `x`. Sums of squares below 1e-38 count as zero.
 
     Raises:
       ValueError: if `x` has no such axis.
@@ -79,7 +82,7 @@ def squash(s: ArrayLike, axis: int = -1) -> jax.Array:
     s = jnp.asarray(s)
     _check_axis("squash", s, axis)
     s32 = at_least_float32(s)
-    # Rounding can add two units in the last place to |v|, which is below 1; one is taken off.
+    # Rounding can raise |v| to 1 or above; scaling by 1 − eps keeps it below.
     below_one = 1 - jnp.finfo(s32.dtype).eps
     v = s32 * (below_one * _squash_factor(length(s32, axis, keepdims=True)))
     return v.astype(float_dtype(s))
@@ -87,14 +90,14 @@ def squash(s: ArrayLike, axis: int = -1) -> jax.Array:
 
 @jax.custom_jvp
 def _squash_factor(norm: jax.Array) -> jax.Array:
-    """|s| / (1 + |s|²), what s is multiplied by."""
+    """Computes |s| / (1 + |s|²), the factor by which s is scaled."""
     return norm / (1 + norm * norm)
 
 
 @_squash_factor.defjvp
 def _squash_factor_jvp(primals, tangents):
     (norm,), (tangent,) = primals, tangents
-    # The quotient rule would square 1 + |s|², which overflows from |s| = 1e10 on.
+    # The quotient rule squares 1 + |s|², which overflows from |s| = 1e10 on.
     inverse = 1 / (1 + norm * norm)
     slope = inverse * (1 - 2 * norm * norm * inverse)
     return norm * inverse, slope * tangent

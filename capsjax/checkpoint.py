@@ -1,7 +1,7 @@
-"""Checkpoints of a run, and what makes them trustworthy: digests.
+"""Checkpoints of a run, each with a checksum.
 
-Orbax writes and prunes them, in the background. It does not notice a flipped byte when it reads
-one, so each checkpoint carries a CRC-32 of all that is in it, and one that fails it does not count.
+Orbax writes and prunes them in the background. It does not notice a flipped byte when it reads a
+checkpoint, so each carries a CRC-32 of its whole content, and one that fails it does not count.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from capsjax.train import TrainState
 
 
 class CheckpointError(WeightsError):
-    """No sound checkpoint."""
+    """Raised when there is no sound checkpoint, or one cannot be written."""
 
 
 class Checkpoint(NamedTuple):
-    """What was read back."""
+    """A checkpoint that was read back."""
 
     step: int
-    arrays: dict[str, np.ndarray]  # by their path in the state, as `params.conv1.kernel`
+    arrays: dict[str, np.ndarray]  # by their path in the state, such as `params.conv1.kernel`
     notes: dict[str, Any]  # what `save` was given
-    unsound: list[int]  # newer steps that were damaged, and so passed over
+    unsound: list[int]  # newer steps that were passed over because they are damaged
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last two, and the one of least validation error.
+    """Keeps the checkpoints of a folder: the last two, and the one of least validation error.
 
     Args:
       folder: made if it is not there.
@@ -46,17 +46,17 @@ class Checkpoints:
       OSError: if the folder cannot be made.
 
     References:
-      Orbax, whose save that is cut short never becomes a checkpoint.
+      Orbax, where an interrupted save never becomes a checkpoint.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._replaced = folder / ".replaced"  # until another of the same step is written
+        self._replaced = folder / ".replaced"  # holds a checkpoint while its step is saved again
         self._saved = False
         self._errors: dict[int, float] = {}  # of the steps that have one
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastTwoAndBest(self._errors),
-            # How long processes wait for one whose write failed, where 20 minutes are the default.
+            # How long processes wait for one whose write failed; the default is 20 minutes.
             async_options=ocp.AsyncOptions(timeout_secs=120),
         )
         self._manager = _Manager(folder.absolute(), options=options)
@@ -75,16 +75,16 @@ class Checkpoints:
         """Saves a state in the background, under its step.
 
         Args:
-          state: copied before this returns, so it may be donated at once.
+          state: copied before this returns, so that it may be donated at once.
           notes: anything JSON holds.
-          error: validation error between 0 and 1, at an epoch's end, for choosing the best.
+          error: validation error from 0 to 1 at an epoch's end, by which the best is chosen.
 
         Raises:
           CheckpointError: if it, or the one before it, cannot be written.
         """
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(state)}
-        # One array, since of several that are damaged Orbax reports one and leaves the others to
-        # fail behind its back. Also a copy: on a CPU the leaves are views of what is donated.
+        # One array: if several are damaged, Orbax reports one and lets the others fail unseen. Also
+        # a copy: on a CPU the leaves are views of arrays that may be donated.
         content = np.concatenate([leaf.reshape(-1).view(np.uint8) for leaf in leaves.values()])
         about = {
             "arrays": [[name, leaf.dtype.name, leaf.shape] for name, leaf in leaves.items()],
@@ -99,7 +99,7 @@ class Checkpoints:
         step = int(leaves["step"])
         self.wait()  # Orbax would delete a checkpoint that it is still writing
         with _writing():
-            # Those after it were passed over, and Orbax saves no step before one that it has.
+            # Later steps were found damaged; Orbax refuses a step older than its newest.
             for later in (n for n in self._manager.all_steps() if n > step):
                 self._manager.delete(later)
                 self._set_error(later, None)
@@ -107,10 +107,10 @@ class Checkpoints:
                 self._put_aside(step)
             self._manager.save(step, args=items)
             self._saved = True
-        self._set_error(step, error)  # after: the best before this one is kept until the next save
+        self._set_error(step, error)  # last: the former best is kept until the next save
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk.
+        """Waits until the last save is on the disk.
 
         Raises:
           CheckpointError: if it cannot be written.
@@ -122,7 +122,7 @@ class Checkpoints:
                 shutil.rmtree(self._replaced, ignore_errors=True)
 
     def last(self) -> Checkpoint | None:
-        """The newest sound checkpoint, or None if there has been none yet.
+        """Returns the newest sound checkpoint, or None if there has been none yet.
 
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
@@ -139,7 +139,7 @@ class Checkpoints:
         return None
 
     def best(self) -> Checkpoint:
-        """The checkpoint of least validation error; without validation, the last one.
+        """Returns the checkpoint of least validation error; without validation, the last one.
 
         Raises:
           CheckpointError: if there is none, or it is damaged.
@@ -151,7 +151,7 @@ class Checkpoints:
         return checkpoint
 
     def _put_aside(self, step: int) -> None:
-        """Keeps a checkpoint until another one of the same step is written."""
+        """Sets a checkpoint aside until another one of the same step is written."""
         if jax.process_index() == 0:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._replaced.mkdir()
@@ -182,7 +182,7 @@ class Checkpoints:
         return about
 
     def _restore(self, step: int, **item: ocp.args.CheckpointArgs) -> dict[str, Any]:
-        """Restores one item, given by its name."""
+        """Restores one item, which is given by its name."""
         self.wait()
         try:
             with contextlib.ExitStack() as stack:
@@ -197,12 +197,12 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: only a run may ask JAX whether to end, for it counts who asks how often."""
+        """Disabled: each call advances JAX's preemption counter, which the training loop owns."""
         return False
 
 
 class _LastTwoAndBest(PreservationPolicy):
-    """Two, so that one damaged checkpoint never loses the run."""
+    """Keeps two, so that one damaged checkpoint never loses the run, and the best."""
 
     def __init__(self, errors: dict[int, float]):
         self._errors = errors
@@ -226,7 +226,7 @@ def _writing() -> Iterator[None]:
 
 
 def _best(errors: dict[int, float]) -> int | None:
-    """The step of least error, of equal ones the last."""
+    """Returns the step of least error, the last of equal ones; None if no step has an error."""
     return min(errors, key=lambda step: (errors[step], -step), default=None)
 
 

@@ -11,7 +11,7 @@ from capsjax.networks import CapsNetConfig, NetworkConfig
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a network is trained; each field is a flag of the command line."""
+    """How the network is trained."""
 
     epochs: int = 50
     """Passes over the training images."""
@@ -61,7 +61,7 @@ class Preset:
 
     network: NetworkConfig
     training: Training
-    recon_per_pixel: float
+    recon_per_pixel: float = 0.0005
     lr_total_decay: float = 1.0
     lr_staircase: bool = True
     lr_floor: float = 0.0
@@ -94,7 +94,7 @@ class Preset:
 
 
 # XifengGuo/CapsNet-Pytorch; 0.0005·784 = 0.392.
-SEED = Preset(network=CapsNetConfig(), training=Training(), recon_per_pixel=0.0005)
+SEED = Preset(network=CapsNetConfig(), training=Training())
 
 # Sarasra/models, research/capsules. Its margin loss is half of the paper's and divided by the
 # number of classes, so beside the paper's margin loss its reconstruction weighs 20 times 0.0005.

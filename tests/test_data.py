@@ -1,4 +1,4 @@
-"""Every place that a data set can come from, and that all of them give the same digits."""
+"""Tests that every source of a data set gives the same digits."""
 
 import hashlib
 import subprocess
@@ -13,9 +13,9 @@ from data_files import (
     IDX_FILES,
     assert_same_digits,
     digits,
+    encode_idx,
     gzipped,
-    idx,
-    mnist,
+    load_mnist,
     write_folders,
     write_idx,
     write_npz,
@@ -32,24 +32,24 @@ DOTTED = {name: file.replace("-idx", ".idx") for name, file in IDX_FILES.items()
 
 def test_the_shipped_archive_is_mnist_bit_for_bit():
     arrays = digits(60000, 10000)
-    found = {name: hashlib.sha256(idx(array)).hexdigest() for name, array in arrays.items()}
+    found = {name: hashlib.sha256(encode_idx(array)).hexdigest() for name, array in arrays.items()}
     assert found == ORIGINAL_SHA256
 
 
 def test_mnist_needs_no_network_and_no_folder():
-    dataset = mnist()
+    dataset = load_mnist()
     assert dataset.x_train.shape == (60000, 28, 28, 1)
     assert dataset.x_test.shape == (10000, 28, 28, 1)
     assert dataset.x_train.dtype == dataset.x_test.dtype == np.uint8
     assert dataset.y_train.dtype == dataset.y_test.dtype == np.int32
     assert dataset.image_shape == (28, 28, 1)
-    assert dataset.classes == 10
+    assert dataset.num_classes == 10
     assert "archive" in dataset.source
     assert "60000" in repr(dataset)
 
 
-def test_importing_capsjax_data_loads_none_of_the_heavy_libraries():
-    code = "import capsjax.data, sys; print(*sys.modules)"
+def test_loading_the_shipped_archive_imports_no_heavy_library():
+    code = "import capsjax, sys; capsjax.data.load('mnist'); print(*sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "capsjax.data" in process.stdout.split(), process.stderr
     heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
@@ -101,17 +101,17 @@ def test_an_npz_may_hold_colour_images_of_any_size_and_the_names_of_its_classes(
     assert named.class_names == ("cat", "dog", "owl")
 
 
-def test_the_class_count_of_ones_own_images_follows_the_data_and_not_the_default_name(tmp_path):
+def test_own_images_under_the_default_name_keep_their_number_of_classes(tmp_path):
     arrays = digits(47, 47)
     arrays["x_train"] = arrays["x_test"] = arrays["x_train"][:, :20]
     arrays["y_train"] = arrays["y_test"] = np.arange(47)
-    assert data.load("mnist", write_npz(tmp_path / "mine.npz", arrays)).classes == 47
+    assert data.load("mnist", write_npz(tmp_path / "mine.npz", arrays)).num_classes == 47
 
 
-def test_a_subset_of_mnist_without_some_digit_has_ten_classes_all_the_same(tmp_path):
+def test_a_subset_of_mnist_that_lacks_a_digit_still_has_ten_classes(tmp_path):
     arrays = digits(5, 5)
     assert set(arrays["y_train"]) != set(range(10))
-    assert data.load("mnist", write_idx(tmp_path, arrays)).classes == 10
+    assert data.load("mnist", write_idx(tmp_path, arrays)).num_classes == 10
 
 
 def test_fashion_mnist_and_kmnist_files_get_their_class_names(tmp_path):
@@ -120,7 +120,7 @@ def test_fashion_mnist_and_kmnist_files_get_their_class_names(tmp_path):
     assert data.load("kmnist", tmp_path).class_names[0] == "o"
 
 
-def test_emnist_letters_come_upright_numbered_from_zero_and_named_a_to_z(tmp_path):
+def test_emnist_letters_are_upright_numbered_from_zero_and_named_a_to_z(tmp_path):
     arrays = digits(26, 26)
     arrays["y_train"] = arrays["y_test"] = np.arange(1, 27, dtype=np.uint8)
     stored = arrays | {name: arrays[name].swapaxes(1, 2).copy() for name in ("x_train", "x_test")}
@@ -145,20 +145,21 @@ def test_the_other_parts_of_emnist_have_their_classes(tmp_path, part, classes):
     assert dataset.class_names[:10] == tuple("0123456789")
 
 
-def save(path, image):
+def save_image(path, image):
+    """Saves an image, and creates its folder first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "JPG", "jpeg", "JPEG"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_class_folders_take_png_and_jpeg_grey_and_colour(tmp_path, suffix, mode, rng):
+def test_class_folders_may_hold_png_and_jpeg_in_grey_and_colour(tmp_path, suffix, mode):
     channels = {"L": 1, "RGB": 3}[mode]
     pixels = np.full((2, 2, 12, 20, channels), 60, np.uint8)
     pixels[:, 1] += 100
     for split, classes in zip(("train", "test"), pixels, strict=True):
         for name, image in zip(("b", "a"), classes, strict=True):
-            save(tmp_path / split / name / f"0.{suffix}", Image.fromarray(np.squeeze(image)))
+            save_image(tmp_path / split / name / f"0.{suffix}", Image.fromarray(np.squeeze(image)))
     dataset = data.load("mine", tmp_path)
     assert dataset.class_names == ("a", "b")
     assert dataset.image_shape == (12, 20, channels)
@@ -167,17 +168,17 @@ def test_class_folders_take_png_and_jpeg_grey_and_colour(tmp_path, suffix, mode,
     assert dataset.y_train.tolist() == [0, 1]
 
 
-def folder_of(tmp_path, *images):
-    """A class folder for each image, the first class also as the test set."""
+def write_classes(tmp_path, *images):
+    """Writes one class folder per image, the same in both splits."""
     for split in ("train", "test"):
         for number, image in enumerate(images):
-            save(tmp_path / split / str(number) / "image.png", image)
+            save_image(tmp_path / split / str(number) / "image.png", image)
     return tmp_path
 
 
 def test_a_mixture_of_grey_and_colour_becomes_rgb(tmp_path):
     grey, red = Image.new("L", (4, 4), 77), Image.new("RGB", (4, 4), (200, 0, 0))
-    dataset = data.load("mine", folder_of(tmp_path, grey, red))
+    dataset = data.load("mine", write_classes(tmp_path, grey, red))
     assert dataset.image_shape == (4, 4, 3)
     assert dataset.x_train[0, 0, 0].tolist() == [77, 77, 77]
     assert dataset.x_train[1, 0, 0].tolist() == [200, 0, 0]
@@ -187,23 +188,23 @@ def test_palette_images_are_grey_if_their_colours_are_and_opaque_alpha_is_droppe
     pixels = rng.integers(0, 256, (8, 8), np.uint8)
     grey = Image.fromarray(pixels)
     palette = Image.fromarray(pixels).convert("P")
-    dataset = data.load("mine", folder_of(tmp_path / "grey", palette, grey.convert("LA")))
+    dataset = data.load("mine", write_classes(tmp_path / "grey", palette, grey.convert("LA")))
     assert dataset.image_shape == (8, 8, 1)
     assert np.array_equal(dataset.x_train[0, ..., 0], pixels)
     assert np.array_equal(dataset.x_train[1, ..., 0], pixels)
     colour = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-    dataset = data.load("mine", folder_of(tmp_path / "colour", colour.convert("RGBA")))
+    dataset = data.load("mine", write_classes(tmp_path / "colour", colour.convert("RGBA")))
     assert np.array_equal(dataset.x_train[0], np.asarray(colour))
     quantised = colour.quantize(4)
-    dataset = data.load("mine", folder_of(tmp_path / "palette", quantised))
+    dataset = data.load("mine", write_classes(tmp_path / "palette", quantised))
     assert np.array_equal(dataset.x_train[0], np.asarray(quantised.convert("RGB")))
 
 
-def test_a_photograph_is_turned_as_its_camera_noted(tmp_path):
+def test_a_photograph_is_rotated_as_its_exif_orientation_says(tmp_path):
     pixels = np.zeros((8, 16), np.uint8)
     pixels[:, :8] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise
+    exif[0x0112] = 6  # rotate by 90° clockwise
     for split in ("train", "test"):
         path = tmp_path / split / "a" / "photo.jpg"
         path.parent.mkdir(parents=True)
@@ -214,8 +215,8 @@ def test_a_photograph_is_turned_as_its_camera_noted(tmp_path):
     assert dataset.x_train[0, 9:].max() < 50
 
 
-def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
-    folder_of(tmp_path, Image.new("L", (4, 4)))
+def test_hidden_files_and_those_of_file_managers_are_ignored(tmp_path):
+    write_classes(tmp_path, Image.new("L", (4, 4)))
     for clutter in ("train/.DS_Store", "train/0/.hidden.png", "train/0/Thumbs.db"):
         (tmp_path / clutter).write_bytes(b"not an image")
     assert len(data.load("mine", tmp_path).x_train) == 1

@@ -1,4 +1,4 @@
-"""The download: whole or not at all, and never a long wait."""
+"""Tests that a download is complete, or fails within seconds and leaves nothing behind."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ from tensorflow_datasets.image_classification import mnist as stock
 from capsjax import data
 from capsjax.data import _download
 from data_files import (
-    Silent,
+    SilentHandler,
     assert_same_digits,
     digits,
     gzipped,
@@ -29,25 +29,26 @@ FILES = gzipped()
 
 @pytest.fixture
 def served(tmp_path):
-    """The folder that the server hands out."""
+    """Returns the folder that the server hands out."""
     return write_idx(tmp_path / "served", digits(), FILES)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where the data set is to go."""
+    """Returns the folder that the data set is downloaded to."""
     return tmp_path / "tfds"
 
 
 @contextlib.contextmanager
-def server(monkeypatch, served, handler=Silent):
+def serve_mnist(monkeypatch, served, handler=SilentHandler):
+    """Serves MNIST's files in place of the host that TFDS downloads them from."""
     with serve(served, handler) as url:
         monkeypatch.setattr(stock.MNIST, "URL", url)
         yield url
 
 
-def refused(folder, *words, name="mnist"):
-    """Fails in words, within 5 seconds, and leaves no file."""
+def assert_refused(folder, *words, name="mnist"):
+    """Asserts that the download fails within 5 seconds, says why and leaves no file."""
     start = time.monotonic()
     with pytest.raises(data.DataError) as error:
         data.load(name, folder, download=True)
@@ -60,7 +61,7 @@ def refused(folder, *words, name="mnist"):
 def test_a_download_is_prepared_read_and_found_again_without_a_network(
     monkeypatch, served, folder, capfd
 ):
-    with server(monkeypatch, served):
+    with serve_mnist(monkeypatch, served):
         dataset = data.load("mnist", folder, download=True)
     assert_same_digits(dataset, digits())
     assert [path.name for path in folder.iterdir()] == ["mnist"]
@@ -68,16 +69,18 @@ def test_a_download_is_prepared_read_and_found_again_without_a_network(
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_a_folder_it_goes_where_tfds_keeps_its_data(monkeypatch, served, folder):
+def test_a_download_without_a_folder_goes_to_the_default_folder_of_tfds(
+    monkeypatch, served, folder
+):
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
-    with server(monkeypatch, served):
+    with serve_mnist(monkeypatch, served):
         dataset = data.load("mnist", download=True)
     assert_same_digits(dataset, digits())
     assert (folder / "mnist" / "3.0.1" / "dataset_info.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
-def test_the_rest_of_the_family_comes_the_same_way(monkeypatch, served, folder, name):
+def test_fashion_mnist_and_kmnist_are_downloaded_the_same_way(monkeypatch, served, folder, name):
     builder = {"fashion_mnist": stock.FashionMNIST, "kmnist": stock.KMNIST}[name]
     with serve(served) as url:
         monkeypatch.setattr(builder, "URL", url)
@@ -88,30 +91,30 @@ def test_the_rest_of_the_family_comes_the_same_way(monkeypatch, served, folder, 
     assert len(source["train"]) == 300
 
 
-def test_what_is_there_already_is_not_asked_for_again(monkeypatch, folder):
+def test_data_that_are_present_are_not_downloaded_again(monkeypatch, folder):
     write_idx(folder, digits())
     monkeypatch.setattr(stock.MNIST, "URL", "http://127.0.0.1:1/")
     assert "IDX" in data.load("mnist", folder, download=True).source
 
 
-def test_a_closed_port(monkeypatch, folder):
+def test_a_closed_port_is_reported(monkeypatch, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
-    refused(folder, "cannot be reached", "refused", "check the network")
+    assert_refused(folder, "cannot be reached", "refused", "check the network")
     assert not folder.exists()
 
 
-def test_a_socket_that_accepts_and_never_answers(monkeypatch, folder):
+def test_a_server_that_never_answers_is_given_up(monkeypatch, folder):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
-        refused(folder, "cannot be reached", "timed out", "check the network")
+        assert_refused(folder, "cannot be reached", "timed out", "check the network")
     assert not folder.exists()
 
 
-def test_a_name_server_that_never_answers(monkeypatch, folder):
+def test_a_name_server_that_never_answers_is_given_up(monkeypatch, folder):
     waiting = threading.Event()
 
     def hang(*args, **options):
@@ -120,11 +123,11 @@ def test_a_name_server_that_never_answers(monkeypatch, folder):
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     monkeypatch.setattr(_download, "_PROBE_SECONDS", 1)
-    refused(folder, "no answer within 2 seconds", "check the network")
+    assert_refused(folder, "no answer within 2 seconds", "check the network")
     waiting.set()
 
 
-def test_what_answers_but_does_not_speak_http(monkeypatch, folder):
+def test_a_server_that_does_not_speak_http_is_reported(monkeypatch, folder):
     with socket.create_server(("127.0.0.1", 0)) as strange:
 
         def answer():
@@ -137,98 +140,101 @@ def test_what_answers_but_does_not_speak_http(monkeypatch, folder):
         thread.start()
         port = strange.getsockname()[1]
         monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
-        refused(folder, "cannot be reached")
+        assert_refused(folder, "cannot be reached")
         thread.join()
 
 
-def test_a_file_that_the_server_does_not_have(monkeypatch, served, folder):
+def test_a_file_that_the_server_does_not_have_is_named(monkeypatch, served, folder):
     (served / FILES["y_test"]).unlink()
-    with server(monkeypatch, served):
-        refused(folder, FILES["y_test"], "404")
+    with serve_mnist(monkeypatch, served):
+        assert_refused(folder, FILES["y_test"], "404")
 
 
-def test_a_file_that_breaks_off(monkeypatch, served, folder):
-    class BreaksOff(Silent):
+def test_a_truncated_transfer_is_refused(monkeypatch, served, folder):
+    class BreaksOff(SilentHandler):
         def copyfile(self, source, outputfile):
             outputfile.write(source.read(100))
 
-    with server(monkeypatch, served, BreaksOff):
-        refused(folder, "only 100 came")
+    with serve_mnist(monkeypatch, served, BreaksOff):
+        assert_refused(folder, "got only 100")
 
 
-def test_a_server_that_stalls_in_the_middle_of_a_file(monkeypatch, served, folder):
+def test_a_server_that_stalls_in_the_middle_of_a_file_is_given_up(monkeypatch, served, folder):
     waiting = threading.Event()
 
-    class Stalls(Silent):
+    class Stalls(SilentHandler):
         def copyfile(self, source, outputfile):
             self.wfile.write(source.read(100))
             self.wfile.flush()
             waiting.wait(20)
 
     monkeypatch.setattr(_download, "_STALL_SECONDS", 0.5)
-    with server(monkeypatch, served, Stalls):
-        refused(folder, "download failed", "timed out")
+    with serve_mnist(monkeypatch, served, Stalls):
+        assert_refused(folder, "download failed", "timed out")
         waiting.set()
 
 
-def test_a_wrong_checksum(monkeypatch, served, folder):
-    with server(monkeypatch, served) as url:
+def test_a_file_with_a_wrong_checksum_is_refused(monkeypatch, served, folder):
+    with serve_mnist(monkeypatch, served) as url:
         file = f"{url}{FILES['x_train']}"
         info = next(iter((stock.MNIST.url_infos or {}).values()))
         monkeypatch.setattr(stock.MNIST, "url_infos", {file: info})
-        refused(folder, "expected sha256", info.checksum)
+        assert_refused(folder, "expected sha256", info.checksum)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>Log in to the hotel's network</html>"])
-def test_a_page_in_place_of_a_file(monkeypatch, served, folder, content):
+def test_a_page_in_place_of_a_file_is_refused(monkeypatch, served, folder, content):
     (served / FILES["x_test"]).write_bytes(content)
-    with server(monkeypatch, served):
-        refused(folder, FILES["x_test"].removesuffix(".gz"))
+    with serve_mnist(monkeypatch, served):
+        assert_refused(folder, FILES["x_test"].removesuffix(".gz"))
 
 
-def test_a_label_that_tfds_does_not_know(monkeypatch, served, folder):
+def test_a_label_that_tfds_does_not_know_is_refused(monkeypatch, served, folder):
     arrays = digits()
     arrays["y_test"] = arrays["y_test"].copy()
     arrays["y_test"][5] = 77
     write_idx(served, arrays, FILES)
-    with server(monkeypatch, served):
-        refused(folder, "77")
+    with serve_mnist(monkeypatch, served):
+        assert_refused(folder, "77")
 
 
-def test_what_is_no_archive_of_emnist(monkeypatch, served, folder):
+def test_a_file_that_is_not_the_zip_archive_of_emnist_is_refused(monkeypatch, served, folder):
     (served / "gzip.zip").write_bytes(b"not a zip")
     with serve(served) as url:
         monkeypatch.setattr(stock.EMNIST, "URL", f"{url}gzip.zip")
-        refused(folder, "gzip.zip", name="emnist/letters")
+        assert_refused(folder, "gzip.zip", name="emnist/letters")
 
 
-def test_a_folder_that_cannot_be_made(monkeypatch, served, tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(monkeypatch, served, tmp_path):
     (tmp_path / "file").touch()
-    with server(monkeypatch, served), pytest.raises(data.DataError, match="could not be prepared"):
+    with (
+        serve_mnist(monkeypatch, served),
+        pytest.raises(data.DataError, match="could not be prepared"),
+    ):
         data.load("mnist", tmp_path / "file" / "tfds", download=True)
 
 
 def test_a_data_set_outside_the_family_is_not_downloaded(folder):
-    refused(folder, "expected one of mnist,", "tfds build cifar10", name="cifar10")
+    assert_refused(folder, "expected one of mnist,", "tfds build cifar10", name="cifar10")
 
 
 def interrupt(process: subprocess.Popen) -> str:
-    """Press Ctrl-C until the process has ended, as a person would.
+    """Presses Ctrl-C until the process has ended, as a person would; returns its errors.
 
-    Python drops a KeyboardInterrupt that falls into a callback of its garbage collector, and JAX
-    has one.
+    Python drops a KeyboardInterrupt that is raised in a callback of its garbage collector, and JAX
+    registers one.
     """
     for _ in range(10):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=2)[1]
-    pytest.fail("ten times Ctrl-C did not end the process")
+    pytest.fail("pressing Ctrl-C ten times did not end the process")
 
 
-def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
+def test_ctrl_c_during_a_download_ends_the_process_and_leaves_nothing(served, folder):
     halfway, waiting = threading.Event(), threading.Event()
 
-    class Stalls(Silent):
+    class Stalls(SilentHandler):
         def copyfile(self, source, outputfile):
             self.wfile.write(source.read(100))
             self.wfile.flush()
@@ -236,7 +242,7 @@ def test_ctrl_c_in_the_middle_ends_at_once_and_leaves_nothing(served, folder):
             waiting.wait(60)
 
     code = (
-        # A process of a background job, as a continuous integration's may be, ignores SIGINT.
+        # Background jobs, which continuous integration may run, start with SIGINT ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from capsjax import data; "
         "from tensorflow_datasets.image_classification import mnist; "

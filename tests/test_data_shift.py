@@ -1,4 +1,4 @@
-"""The shift of every image by its own few pixels."""
+"""Tests the augmentation that shifts each image by its own few pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from capsjax.data import shift
 
 
-def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """One image, pixel by pixel."""
+def move(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Shifts one image pixel by pixel."""
     height, width, _ = image.shape
     result = np.zeros_like(image)
     for row in range(height):
@@ -28,7 +28,7 @@ def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
     dtype=st.sampled_from([np.uint8, np.float32]),
     limit=st.integers(0, 2),
 )
-def test_every_image_is_itself_moved_by_at_most_max_pixels_and_filled_with_zeros(
+def test_every_image_is_shifted_by_at_most_max_pixels_and_filled_with_zeros(
     seed, shape, dtype, limit
 ):
     images = np.random.default_rng(seed).integers(1, 256, shape).astype(dtype)
@@ -36,7 +36,7 @@ def test_every_image_is_itself_moved_by_at_most_max_pixels_and_filled_with_zeros
     assert result.dtype == dtype
     offsets = range(-limit, limit + 1)
     for image, found in zip(images, result, strict=True):
-        candidates = [moved(image, down, right) for down in offsets for right in offsets]
+        candidates = [move(image, down, right) for down in offsets for right in offsets]
         assert any(np.array_equal(candidate, found) for candidate in candidates)
 
 
@@ -50,12 +50,12 @@ def test_all_offsets_are_equally_frequent_and_each_image_has_its_own():
     assert np.mean(landed[1:] == landed[:-1]) < 0.06
 
 
-def test_no_pixels_is_the_identity():
+def test_a_shift_of_zero_pixels_is_the_identity():
     images = jnp.arange(2 * 9, dtype=jnp.uint8).reshape(2, 3, 3, 1)
     assert np.array_equal(shift(jax.random.key(0), images, 0), images)
 
 
-def test_the_key_decides_and_jit_changes_nothing(rng):
+def test_the_result_depends_on_the_key_and_not_on_jit(rng):
     images = jnp.asarray(rng.integers(0, 256, (64, 28, 28, 1), np.uint8))
     eager = shift(jax.random.key(1), images, 2)
     jitted = jax.jit(shift, static_argnums=2)(jax.random.key(1), images, 2)
@@ -79,10 +79,10 @@ def test_sharding_the_batch_changes_nothing_and_moves_no_image_between_devices(r
 
 @pytest.mark.parametrize("max_pixels", [-1, 20, 28, 100])
 def test_a_negative_shift_and_one_as_large_as_the_image_are_refused(max_pixels):
-    with pytest.raises(ValueError, match=f"from 0 to 19 for images of 20 × 28, came {max_pixels}"):
+    with pytest.raises(ValueError, match=f"from 0 to 19 for images of 20 × 28, got {max_pixels}"):
         shift(jax.random.key(0), jnp.zeros((2, 20, 28, 1)), max_pixels)
 
 
 def test_a_single_image_without_a_batch_axis_is_refused():
-    with pytest.raises(ValueError, match=r"images \[B, H, W, C\], came shape \(28, 28, 1\)"):
+    with pytest.raises(ValueError, match=r"images \[B, H, W, C\], got shape \(28, 28, 1\)"):
         shift(jax.random.key(0), jnp.zeros((28, 28, 1)), 2)

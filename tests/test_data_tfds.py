@@ -1,40 +1,41 @@
-"""Data sets that TFDS prepared, found in every folder and format that users have."""
+"""Tests that data sets prepared by TFDS are read from every folder and format that users have."""
 
-import gzip
 import io
+import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
-import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 
 from capsjax import data
-from capsjax.data import _tfrecord
+from capsjax.data import _cache, _tfrecord
 from data_files import (
-    IDX_FILES,
-    as_tfrecord,
     assert_same_digits,
-    crc32c,
+    compute_crc32c,
+    convert_to_tfrecord,
     digits,
+    encode_tfrecord,
     gzipped,
-    idx,
-    pairs,
     serve,
     set_format,
-    tfrecord,
+    sort_pairs,
+    write_emnist_zip,
     write_idx,
     write_npz,
 )
 
 
 def prepare(folder, arrays, served):
-    """A data set that TFDS prepared from a server on this machine."""
+    """Has TFDS prepare the arrays as MNIST, downloaded from a server on this machine."""
     with serve(write_idx(served, arrays, gzipped())) as url, pytest.MonkeyPatch.context() as patch:
         patch.setattr(stock.MNIST, "URL", url)
         data.load("mnist", folder, download=True)
@@ -42,15 +43,16 @@ def prepare(folder, arrays, served):
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
+def pristine(tmp_path_factory):
+    """Returns a data_dir of TFDS that tests copy and do not change."""
     folder = tmp_path_factory.mktemp("prepared")
     return prepare(folder / "tfds", digits(), folder / "served")
 
 
 @pytest.fixture
-def prepared(once, tmp_path):
-    """TFDS's data_dir with the first digits of MNIST as array_record."""
-    return shutil.copytree(once, tmp_path / "tfds")
+def prepared(pristine, tmp_path):
+    """Returns a data_dir of TFDS with the first digits of MNIST as array_record."""
+    return shutil.copytree(pristine, tmp_path / "tfds")
 
 
 @pytest.mark.parametrize("inner", ["", "mnist", "mnist/3.0.1"])
@@ -60,14 +62,14 @@ def test_a_prepared_data_set_is_found_from_all_three_of_its_folders(prepared, in
     assert str(prepared / "mnist" / "3.0.1") in dataset.source
 
 
-def test_tfds_own_default_folder_is_used_without_being_named(prepared, monkeypatch):
+def test_the_default_folder_of_tfds_is_used_if_none_is_given(prepared, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     dataset = data.load("mnist")
     assert_same_digits(dataset, digits())
     assert str(prepared) in dataset.source
 
 
-def test_without_the_variable_the_default_folder_lies_at_home(prepared, monkeypatch):
+def test_the_default_folder_of_tfds_is_in_the_home_folder(prepared, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(prepared.parent))
     prepared.rename(prepared.parent / "tensorflow_datasets")
@@ -86,14 +88,14 @@ def test_tfds_itself_reads_what_capsjax_prepared(prepared):
 
 def test_a_tfrecord_data_set_is_read_without_tensorflow(prepared):
     expected = data.load("mnist", prepared)
-    as_tfrecord(prepared / "mnist" / "3.0.1")
+    convert_to_tfrecord(prepared / "mnist" / "3.0.1")
     dataset = data.load("mnist", prepared)
     assert "tensorflow" not in sys.modules
     assert np.array_equal(dataset.x_train, expected.x_train)
     assert np.array_equal(dataset.y_test, expected.y_test)
 
 
-def test_the_newest_version_counts(prepared):
+def test_the_highest_version_is_read(prepared):
     folder = prepared / "mnist"
     shutil.copytree(folder / "3.0.1", folder / "3.0.0")
     shutil.copytree(folder / "3.0.1", folder / "10.0.0")
@@ -101,23 +103,20 @@ def test_the_newest_version_counts(prepared):
     assert "10.0.0" in data.load("mnist", prepared).source
 
 
-def test_any_other_image_classification_of_tfds_is_read_with_its_class_names(tmp_path, rng):
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "picture": tfds.features.Image(shape=(8, 6, 3)),
-            "kind": tfds.features.ClassLabel(names=["cat", "dog"]),
-        }
-    )
+def test_any_other_classification_data_set_is_read_with_its_class_names(tmp_path, rng):
+    picture = tfds.features.Image(shape=(8, 6, 3))
+    kind = tfds.features.ClassLabel(names=["cat", "dog"])
     images = rng.integers(0, 256, (4, 8, 6, 3), np.uint8)
-    write_tfds(tmp_path, "pets", features, ("picture", "kind"), images, [0, 1, 1, 0])
+    write_tfds(tmp_path, "pets", {"picture": picture, "kind": kind}, images, [0, 1, 1, 0])
     dataset = data.load("pets", tmp_path)
     assert dataset.class_names == ("cat", "dog")
-    assert pairs(dataset.x_test, dataset.y_test) == pairs(images, [0, 1, 1, 0])
+    assert sort_pairs(dataset.x_test, dataset.y_test) == sort_pairs(images, [0, 1, 1, 0])
 
 
-def write_tfds(folder, name, features, keys, images, labels, splits=("train", "test")):
-    """A data set of another kind, written with TFDS's own writer."""
+def write_tfds(folder, name, features, images, labels, splits=("train", "test")):
+    """Writes images and their labels, features of any name and kind, with TFDS's own writer."""
+    keys = tuple(features)
+    features = tfds.features.FeaturesDict({"id": tfds.features.Text(), **features})
 
     class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
@@ -130,7 +129,7 @@ def write_tfds(folder, name, features, keys, images, labels, splits=("train", "t
 
         def _generate_examples(self):
             for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield number, {"id": str(number), keys[0]: png(image), keys[1]: label}
+                yield number, {"id": str(number), keys[0]: encode_png(image), keys[1]: label}
 
     Written.name = name
     tfds.disable_progress_bar()
@@ -138,9 +137,8 @@ def write_tfds(folder, name, features, keys, images, labels, splits=("train", "t
     tfds.enable_progress_bar()
 
 
-def png(image):
-    from PIL import Image
-
+def encode_png(image):
+    """Returns the image as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
@@ -158,7 +156,7 @@ def test_the_decoded_arrays_are_cached_and_the_cache_needs_no_tfds(prepared):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "stale", "wrong"])
-def test_a_cache_that_is_damaged_or_of_other_records_is_silently_made_anew(prepared, damage):
+def test_a_cache_that_is_damaged_or_of_other_records_is_silently_rebuilt(prepared, damage):
     folder = prepared / "mnist" / "3.0.1"
     path = folder / "capsjax_cache.npz"
     data.load("mnist", prepared)
@@ -182,13 +180,37 @@ def test_a_cache_that_is_damaged_or_of_other_records_is_silently_made_anew(prepa
     assert np.array_equal(np.load(path)["y_train"], cached["y_train"])
 
 
-def test_a_folder_that_takes_no_cache_is_read_all_the_same(prepared):
+def test_a_data_set_whose_cache_cannot_be_written_is_still_read(prepared):
     folder = prepared / "mnist" / "3.0.1"
     (folder / "capsjax_cache.npz").unlink()
     (folder / "capsjax_cache.npz").mkdir()
     before = sorted(folder.iterdir())
     assert_same_digits(data.load("mnist", prepared), digits())
     assert sorted(folder.iterdir()) == before
+
+
+def test_other_users_may_read_the_cache_whatever_the_umask(prepared):
+    path = prepared / "mnist" / "3.0.1" / "capsjax_cache.npz"
+    path.unlink()
+    umask = os.umask(0o077)
+    try:
+        data.load("mnist", prepared)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_caches_written_at_the_same_time_leave_one_complete_file(prepared):
+    dataset = data.load("mnist", prepared)
+    folder = prepared / "mnist" / "3.0.1"
+    before = sorted(folder.iterdir())
+    # Threads share a process id, and so may processes in two containers: their drafts collide.
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _cache.write(folder, dataset), range(40)))
+    assert sorted(folder.iterdir()) == before
+    cached = _cache.read(folder, "the cache")
+    assert cached is not None
+    assert_same_digits(cached, digits())
 
 
 def test_changed_records_are_decoded_again(prepared, tmp_path):
@@ -201,7 +223,8 @@ def test_changed_records_are_decoded_again(prepared, tmp_path):
     assert_same_digits(data.load("mnist", prepared), digits(40, 20))
 
 
-def refused(folder, *words, name="mnist"):
+def assert_refused(folder, *words, name="mnist"):
+    """Asserts that loading fails and that the message contains the words."""
     with pytest.raises(data.DataError) as error:
         data.load(name, folder)
     for word in words:
@@ -210,10 +233,10 @@ def refused(folder, *words, name="mnist"):
 
 @pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "gone"])
-def test_damaged_records_are_refused_in_words(prepared, kind, damage):
+def test_damaged_records_are_refused(prepared, kind, damage):
     folder = prepared / "mnist" / "3.0.1"
     if kind == "tfrecord":
-        as_tfrecord(folder)
+        convert_to_tfrecord(folder)
     (path,) = folder.glob(f"mnist-train.{kind}-*")
     content = bytearray(path.read_bytes())
     path.unlink()
@@ -224,77 +247,58 @@ def test_damaged_records_are_refused_in_words(prepared, kind, damage):
         path.write_bytes(content)
     elif damage == "emptied":
         path.touch()
-    refused(prepared, str(folder), "prepare")
+    assert_refused(prepared, str(folder), "prepare")
 
 
-def test_records_fewer_than_promised_are_refused(prepared):
+def test_too_few_records_are_refused(prepared):
     folder = prepared / "mnist" / "3.0.1"
-    as_tfrecord(folder)
+    convert_to_tfrecord(folder)
     (path,) = folder.glob("mnist-train.tfrecord-*")
     records = _tfrecord.read(path)
-    path.write_bytes(b"".join(map(tfrecord, records[:-1])))
-    refused(prepared, "expected 300 examples in train, came 299")
+    path.write_bytes(b"".join(map(encode_tfrecord, records[:-1])))
+    assert_refused(prepared, "expected 300 examples in train, got 299")
 
 
-def test_parquet_is_refused_and_never_read_in_part(prepared):
+def test_parquet_is_refused_with_the_command_for_array_record(prepared):
     folder = prepared / "mnist" / "3.0.1"
     (folder / "capsjax_cache.npz").unlink()
     set_format(folder, "parquet")
-    refused(prepared, "parquet", "tfds build mnist", "--file_format=array_record")
+    assert_refused(prepared, "parquet", "tfds build mnist", "--file_format=array_record")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
-def test_a_damaged_dataset_info_is_refused_in_words(prepared, content):
+def test_a_damaged_dataset_info_is_refused(prepared, content):
     (prepared / "mnist" / "3.0.1" / "dataset_info.json").write_bytes(content)
-    refused(prepared, "dataset_info.json", "prepare the data set again")
+    assert_refused(prepared, "dataset_info.json", "prepare the data set again")
 
 
-def test_a_data_set_without_a_test_split_is_refused_in_words(tmp_path, rng):
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(8, 8, 1)),
-            "label": tfds.features.ClassLabel(num_classes=2),
-            "id": tfds.features.Text(),
-        }
-    )
+def test_a_data_set_without_a_test_split_is_refused(tmp_path, rng):
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 1)),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
     images = rng.integers(0, 256, (2, 8, 8), np.uint8)
-    write_tfds(tmp_path, "half", features, ("image", "label"), images, [0, 1], splits=("train",))
-    refused(tmp_path, "splits train and test, there are train", name="half")
+    write_tfds(tmp_path, "half", features, images, [0, 1], splits=("train",))
+    assert_refused(tmp_path, "splits train and test, got train", name="half")
 
 
 def test_images_of_different_size_in_tfds_are_refused_with_both_sizes(tmp_path):
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 1)),
-            "label": tfds.features.ClassLabel(num_classes=2),
-            "id": tfds.features.Text(),
-        }
-    )
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 1)),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
     images = [np.zeros((8, 8), np.uint8), np.zeros((9, 7), np.uint8)]
-    write_tfds(tmp_path, "sizes", features, ("image", "label"), images, [0, 1])
-    refused(tmp_path, "(8, 8, 1)", "(9, 7, 1)", name="sizes")
+    write_tfds(tmp_path, "sizes", features, images, [0, 1])
+    assert_refused(tmp_path, "(8, 8, 1)", "(9, 7, 1)", name="sizes")
 
 
-def test_what_is_no_image_classification_is_refused_in_words(tmp_path):
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(8, 8, 1)),
-            "label": tfds.features.Text(),
-            "id": tfds.features.Text(),
-        }
-    )
-    write_tfds(tmp_path, "texts", features, ("image", "label"), [np.zeros((8, 8), np.uint8)], ["a"])
-    refused(tmp_path, "one class each", "label (Text)", name="texts")
-
-
-def emnist_zip(part, arrays):
-    """EMNIST's archive of all its parts, with one of them in it."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, file in IDX_FILES.items():
-            member = f"gzip/emnist-{part}-{file.replace('t10k', 'test')}.gz"
-            archive.writestr(member, gzip.compress(idx(arrays[name]), 1))
-    return buffer.getvalue()
+def test_a_data_set_without_class_labels_is_refused(tmp_path):
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 1)),
+        "label": tfds.features.Text(),
+    }
+    write_tfds(tmp_path, "texts", features, [np.zeros((8, 8), np.uint8)], ["a"])
+    assert_refused(tmp_path, "one class each", "label (Text)", name="texts")
 
 
 def test_emnist_letters_from_tfds_are_upright_named_and_numbered_as_from_its_files(
@@ -303,26 +307,25 @@ def test_emnist_letters_from_tfds_are_upright_named_and_numbered_as_from_its_fil
     arrays = digits(26, 26)
     arrays["y_train"] = arrays["y_test"] = np.arange(1, 27, dtype=np.uint8)
     stored = arrays | {name: arrays[name].swapaxes(1, 2).copy() for name in ("x_train", "x_test")}
-    served = tmp_path / "served"
-    served.mkdir()
-    (served / "gzip.zip").write_bytes(emnist_zip("letters", stored))
-    with serve(served) as url:
+    archive = write_emnist_zip(tmp_path / "served" / "gzip.zip", "letters", stored)
+    with serve(archive.parent) as url:
         monkeypatch.setattr(stock.EMNIST, "URL", f"{url}gzip.zip")
         dataset = data.load("emnist/letters", tmp_path / "tfds", download=True)
     assert dataset.class_names == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    expected = pairs(arrays["x_train"], arrays["y_train"] - 1)
-    assert pairs(dataset.x_train, dataset.y_train) == expected
+    expected = sort_pairs(arrays["x_train"], arrays["y_train"] - 1)
+    assert sort_pairs(dataset.x_train, dataset.y_train) == expected
     source: Any = tfds.data_source("emnist/letters", data_dir=tmp_path / "tfds")
     assert sorted(source["train"][n]["label"] for n in range(26)) == list(range(1, 27))
-    refused(tmp_path / "tfds", "emnist/letters", "name one of them", name="emnist")
+    assert_refused(tmp_path / "tfds", "emnist/letters", "name one of them", name="emnist")
 
 
 def test_the_checksum_of_a_record_is_crc32c():
-    assert crc32c(b"123456789") == 0xE3069283  # the check value of the CRC catalogue
+    assert compute_crc32c(b"123456789") == 0xE3069283  # the check value in the CRC catalogue
     pieces = [b"123456789", b"", b"a", bytes(300)]
-    data_, starts = np.frombuffer(b"".join(pieces), np.uint8), np.array([0, 9, 9, 10])
-    sums = _tfrecord._masked_crc32c(data_, starts, np.array([len(piece) for piece in pieces]))
-    expected = [struct.unpack("<I", tfrecord(piece)[-4:])[0] for piece in pieces]
+    joined, starts = np.frombuffer(b"".join(pieces), np.uint8), np.array([0, 9, 9, 10])
+    lengths = np.array([len(piece) for piece in pieces])
+    sums = _tfrecord._compute_masked_crc32c(joined, starts, lengths)
+    expected = [struct.unpack("<I", encode_tfrecord(piece)[-4:])[0] for piece in pieces]
     assert sums.tolist() == expected
 
 
@@ -332,7 +335,7 @@ def test_every_source_gives_the_same_mnist(tmp_path):
     prepared = prepare(tmp_path / "tfds", arrays, tmp_path / "served")
     folder = prepared / "mnist" / "3.0.1"
     assert_same_digits(data.load("mnist", prepared), arrays)
-    as_tfrecord(folder)  # and with it the cached arrays go
+    convert_to_tfrecord(folder)  # which also removes the cache
     assert_same_digits(data.load("mnist", prepared), arrays)
     assert_same_digits(data.load("mnist", tmp_path / "served"), arrays)
     assert_same_digits(data.load("mnist", write_npz(tmp_path / "a.npz", arrays)), arrays)

@@ -1,35 +1,74 @@
-"""What the README says runs, and is so."""
+"""The README tells the truth: its code runs, its flags and files exist."""
 
 import dataclasses
 import re
 import shlex
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import benchmark
-from settings import Settings
+import capsjax
+import perturb
+from capsjax.run import Settings, main
+from data_files import digits, write_npz
 
-README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+FUNCTIONS, NETWORK, OWN_ROUTING, OWN_NETWORK = BLOCKS
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["functions", "network"])
-def test_a_block_of_python_runs_and_its_shapes_are_as_its_comments_say(block):
-    names: dict = {}
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch):
+    """What a block registers is forgotten after its test."""
+    monkeypatch.setattr(capsjax, "ROUTINGS", dict(capsjax.ROUTINGS))
+    monkeypatch.setattr(capsjax, "NETWORKS", dict(capsjax.NETWORKS))
+
+
+def run(block: str) -> dict:
+    """Runs a block of code as a module that is imported, and returns its names."""
+    names: dict = {"__name__": "block"}
     exec(block, names)
+    return names
+
+
+@pytest.mark.parametrize("block", [FUNCTIONS, NETWORK], ids=["functions", "network"])
+def test_a_block_of_python_runs_and_its_shapes_are_as_its_comments_say(block):
+    names = run(block)
     for name, shape in re.findall(r"^(\w+) = .*#.*= (\[[\d, ]+\])$", block, re.MULTILINE):
         assert str(list(names[name].shape)) == shape, name
 
 
 def test_the_first_block_tells_three_shapes():
-    assert len(re.findall(r"= \[[\d, ]+\]$", BLOCKS[0], re.MULTILINE)) == 3
+    assert len(re.findall(r"= \[[\d, ]+\]$", FUNCTIONS, re.MULTILINE)) == 3
 
 
-def test_every_command_names_a_file_and_flags_that_are_there():
+def test_a_routing_of_ones_own_routes():
+    names = run(OWN_ROUTING)
+    layer = capsjax.nn.DenseCaps(5, 2, 3, 4, names["MeanRouting"](), rngs=nnx.Rngs(0))
+    u = jnp.ones((5, 2))
+    expected = capsjax.squash(capsjax.predictions(u, layer.weight[...]).mean(-2))
+    assert jnp.allclose(layer(u), expected)
+    assert capsjax.predict(names["net"], jnp.zeros((28, 28))).scores.shape == (10,)
+
+
+def test_a_network_of_ones_own_trains_from_the_command_line(tmp_path, capsys):
+    small = run(OWN_NETWORK)["SMALL"]
+    data = write_npz(tmp_path / "digits.npz", digits(40, 20))
+    flags = {"data-dir": data, "epochs": 1, "batch-size": 20, "save-dir": tmp_path / "run"}
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    main(small, words)
+    assert re.search(r"test error: \d+\.\d\d % \(\d+ of 20\)", capsys.readouterr().out)
+
+
+def test_every_command_names_a_file_and_flags_that_exist():
     flags = {
-        "mnist.py": [f for g in dataclasses.fields(Settings) for f in group_fields(g)],
+        "mnist.py": [f for g in dataclasses.fields(Settings) for f in list_fields(g)],
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
+        "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],
     }
     commands = re.findall(r"python experiments/([\w.]+)([^`#\n]*)", README)
     assert len(commands) > 5
@@ -39,14 +78,32 @@ def test_every_command_names_a_file_and_flags_that_are_there():
         assert set(given) <= {*flags[script], "help"}, (script, rest)
 
 
-def group_fields(group: dataclasses.Field) -> list[str]:
+def list_fields(group: dataclasses.Field) -> list[str]:
     return [field.name for field in dataclasses.fields(group.default_factory)]
 
 
-def test_every_file_of_the_tree_is_there():
+def test_every_file_and_folder_of_the_tree_exists():
     (tree,) = re.findall(r"^capsjax/\n.*?^```", README, re.MULTILINE | re.DOTALL)
-    named = re.findall(r"^  +((?:\w+\.py +)+)", tree, re.MULTILINE)
-    files = [name for names in named for name in names.split()]
-    assert len(files) > 10
-    for name in files:
-        assert Path(__file__).parent.parent.joinpath("capsjax", name).is_file(), name
+    named = re.findall(r"^  +((?:\w+(?:\.py|/) +)+)", tree, re.MULTILINE)
+    paths = [name for names in named for name in names.split()]
+    assert len(paths) > 14
+    for path in paths:
+        assert (ROOT / "capsjax" / path).exists(), path
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert len(links) > 4
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_a_picture_of_perturbations_is_drawn(tmp_path, monkeypatch):
+    net = capsjax.CapsNet(channels=4, types=1, hidden=(8,), rngs=nnx.Rngs(0))
+    capsjax.weights.save(net, tmp_path / "net.safetensors")
+    out = tmp_path / "perturb.png"
+    monkeypatch.setattr(
+        "sys.argv", ["perturb.py", str(tmp_path / "net.safetensors"), "--out", str(out)]
+    )
+    perturb.main()
+    assert out.stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""What every source becomes: one checked set of arrays."""
+"""The checked set of arrays that every source is turned into."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,12 +8,21 @@ import numpy as np
 
 from capsjax._memory import host_memory
 
-# What the classes are called, if anything says so.
+# The names of the classes; None if the source has none.
 Names = Sequence[str] | np.ndarray | None
 
 
 class DataError(ValueError):
-    """Data that cannot be used; says what was expected, what came and what to do."""
+    """Raised for data that cannot be used; the message says what was expected and what to do.
+
+    Example:
+      >>> from capsjax import data
+      >>> try:
+      ...     data.load("two words")
+      ... except data.DataError as error:
+      ...     print(error)
+      expected the name of a data set such as mnist or emnist/letters, got 'two words'
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -21,12 +30,18 @@ class Dataset:
     """Labelled training and test images in host memory.
 
     Attributes:
-      x_train: uint8 `[N, H, W, C]`, pixels from 0 to 255.
-      y_train: int32 `[N]`, class numbers from 0.
-      x_test: uint8 `[M, H, W, C]`.
-      y_test: int32 `[M]`.
-      class_names: a name for each class; `class_names[y]` reads a label.
-      source: where the arrays came from, in words.
+      x_train: uint8 [N, H, W, C], pixels from 0 to 255.
+      y_train: int32 [N], class numbers from 0.
+      x_test: uint8 [M, H, W, C].
+      y_test: int32 [M].
+      class_names: the name of each class; `class_names[y]` is the name of label y.
+      source: a description of where the arrays were found.
+
+    Example:
+      >>> from capsjax import data
+      >>> mnist = data.load("mnist")
+      >>> mnist.image_shape, mnist.num_classes, mnist.class_names[mnist.y_test[0]]
+      ((28, 28, 1), 10, '7')
     """
 
     x_train: np.ndarray
@@ -44,7 +59,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.class_names)
 
     def __repr__(self) -> str:
@@ -54,7 +69,7 @@ class Dataset:
         )
 
 
-def checked(
+def build_dataset(
     x_train: np.ndarray,
     y_train: np.ndarray,
     x_test: np.ndarray,
@@ -63,31 +78,28 @@ def checked(
     class_names: Names,
     source: str,
 ) -> Dataset:
-    """A `Dataset` of arrays that fit each other; without names the labels are the names.
+    """Checks that the arrays fit together and returns them as a `Dataset`.
+
+    Without names, the class numbers serve as names.
 
     Raises:
-      DataError: a wrong dtype or shape, a pair of different lengths, an empty set, training and
-        test images of different shape, labels outside the classes, a class with no image.
+      DataError: if a dtype or shape is wrong, a set is empty, images and labels differ in number,
+        training and test images differ in shape, a label lies outside the classes, or, without
+        names, a class has no training image.
     """
-    x_train = _images(x_train, f"{source}: training images")
-    x_test = _images(x_test, f"{source}: test images")
+    x_train = _check_images(x_train, f"{source}: training images")
+    x_test = _check_images(x_test, f"{source}: test images")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
-            f"{source}: the training images are {x_train.shape[1:]}, the test images "
-            f"{x_test.shape[1:]} (height, width, channels); make them the same"
+            f"{source}: expected training and test images of one shape (height, width, channels), "
+            f"got {x_train.shape[1:]} and {x_test.shape[1:]}; make them the same"
         )
-    y_train = _labels(y_train, len(x_train), f"{source}: training labels")
-    y_test = _labels(y_test, len(x_test), f"{source}: test labels")
+    y_train = _check_labels(y_train, len(x_train), f"{source}: training labels")
+    y_test = _check_labels(y_test, len(x_test), f"{source}: test labels")
     if class_names is None:
-        class_names = [str(label) for label in _counted(y_train, source)]
-    for labels, which in ((y_train, "training"), (y_test, "test")):
-        outside = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-        if outside.size:
-            raise DataError(
-                f"{source}: {which} label number {outside[0]} is {labels[outside[0]]}, outside the "
-                f"{len(class_names)} classes 0 to {len(class_names) - 1}; correct the labels, or "
-                "give the data set its own name if it is another one than its name says"
-            )
+        class_names = [str(label) for label in range(_count_classes(y_train, source))]
+    _check_range(y_train, len(class_names), f"{source}: training")
+    _check_range(y_test, len(class_names), f"{source}: test")
     return Dataset(
         x_train,
         y_train.astype(np.int32),
@@ -98,8 +110,8 @@ def checked(
     )
 
 
-def empty_images(count: int, shape: tuple[int, ...], where: Path | str) -> np.ndarray:
-    """Room for uint8 images, refused in words where the machine cannot hold them."""
+def allocate_images(count: int, shape: tuple[int, ...], where: Path | str) -> np.ndarray:
+    """Allocates uint8 images, and refuses more than the memory of this machine can hold."""
     needed = count * int(np.prod(shape, dtype=np.int64))
     memory = host_memory()
     if needed > memory:
@@ -110,44 +122,62 @@ def empty_images(count: int, shape: tuple[int, ...], where: Path | str) -> np.nd
     return np.empty((count, *shape), np.uint8)
 
 
-def _images(images: np.ndarray, what: str) -> np.ndarray:
+def _check_images(images: np.ndarray, what: str) -> np.ndarray:
+    """Returns the images as uint8 [N, H, W, C]."""
     if images.dtype != np.uint8:
         raise DataError(
-            f"{what} must be uint8 with pixels from 0 to 255, came as {images.dtype}; "
+            f"{what} must be uint8 with pixels from 0 to 255, got {images.dtype}; "
             "scale them to that range and convert with `.astype(np.uint8)`"
         )
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
-        raise DataError(f"{what} must have shape [N,H,W] or [N,H,W,C], came as {images.shape}")
+        raise DataError(
+            f"{what} must have shape [N,H,W] or [N,H,W,C], got {images.shape}; reshape them"
+        )
     if not images.size:
-        raise DataError(f"{what} are empty, shape {images.shape}; at least one image is needed")
+        raise DataError(
+            f"{what} must not be empty, got shape {images.shape}; add at least one image"
+        )
     return np.ascontiguousarray(images)
 
 
-def _labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
+def _check_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
+    """Returns the labels of `count` images as integers [N]."""
     if labels.shape == (count, 1):
         labels = labels[:, 0]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"{what} must be class numbers, integers of shape [N]; came as {labels.dtype} "
-            f"{labels.shape} (one-hot labels: take `.argmax(-1)`)"
+            f"{what} must be class numbers, integers of shape [N], got {labels.dtype} "
+            f"{labels.shape}; convert one-hot labels with `.argmax(-1)`"
         )
     if len(labels) != count:
         raise DataError(
-            f"{what} are {len(labels)} for {count} images; there must be one label for each image, "
-            "so one of the two is cut short or belongs to another set"
+            f"{what} must be one for each image, got {len(labels)} for {count} images; one of the "
+            "two is truncated or belongs to another data set"
         )
     return labels
 
 
-def _counted(labels: np.ndarray, source: str) -> range:
-    """The classes 0 to n−1 that labels without names speak of: each must occur."""
+def _count_classes(labels: np.ndarray, source: str) -> int:
+    """Returns the number of classes of labels without names, which must be 0 to n−1."""
     present = np.unique(labels)
     missing = np.setdiff1d(np.arange(len(present)), present)
     if missing.size:
         raise DataError(
-            f"{source}: {len(present)} different training labels from {present[0]} to "
-            f"{present[-1]}, but none is {missing[0]}; number the classes 0, 1, 2, … without a gap"
+            f"{source}: expected training labels 0, 1, 2, … without a gap, got {len(present)} "
+            f"different ones from {present[0]} to {present[-1]}, but none is {missing[0]}; "
+            "renumber the classes"
         )
-    return range(len(present))
+    return len(present)
+
+
+def _check_range(labels: np.ndarray, num_classes: int, what: str) -> None:
+    """Refuses labels that are not among the classes."""
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if outside.size:
+        raise DataError(
+            f"{what} label number {outside[0]} is {labels[outside[0]]}, outside the {num_classes} "
+            f"classes 0 to {num_classes - 1}; correct the labels, or, if this is not the data set "
+            "that it is named after, give it a name of its own"
+        )

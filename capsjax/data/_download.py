@@ -1,7 +1,7 @@
-"""Files over HTTP that arrive whole or not at all, and never leave anyone waiting.
+"""Downloads files over HTTP, each of them whole or not at all, and never waits without a limit.
 
-TFDS's own downloader sets no timeout, so that a stalled server holds it for ever, and its threads
-keep the process alive after Ctrl-C until the transfer has ended. Its checksums are used here.
+TFDS's own downloader sets no timeout: a stalled server blocks it for ever, and its threads keep the
+process alive after Ctrl-C until the transfer has ended. Only its checksums are used here.
 """
 
 import hashlib
@@ -13,24 +13,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ._dataset import DataError
+from capsjax.data._dataset import DataError
 
 _PROBE_SECONDS = 3
 _STALL_SECONDS = 30
 _CHUNK = 1 << 18
-_AGENT = {"User-Agent": "Mozilla/5.0 (compatible; capsjax)"}  # some servers turn Python's away
-_ADVICE = "check the network (or the proxy settings), or put the files into a folder by other means"
+_AGENT = {"User-Agent": "Mozilla/5.0 (compatible; capsjax)"}  # some servers reject Python's own
+_ADVICE = (
+    "check the network and the proxy settings, or get the files by other means and give their "
+    "folder as data_dir (--data-dir)"
+)
 
 
 def probe(url: str) -> None:
-    """Ask whether anyone answers at a URL at all, within seconds.
+    """Checks within seconds that a server answers at the URL.
 
     Raises:
-      DataError: nobody does.
+      DataError: if none does.
     """
     outcome: list[Exception | None] = []
-    # In a thread, since looking up the host's name knows no timeout.
-    thread = threading.Thread(target=lambda: outcome.append(_head(url)), daemon=True)
+    # In a thread, because the lookup of a host name cannot be given a timeout.
+    thread = threading.Thread(target=lambda: outcome.append(_try_head(url)), daemon=True)
     thread.start()
     thread.join(_PROBE_SECONDS + 1)
     if not outcome:
@@ -40,46 +43,52 @@ def probe(url: str) -> None:
 
 
 def fetch(url: str, path: Path, sha256: str | None) -> None:
-    """Download a URL to a file.
+    """Downloads a URL to a file.
 
     Raises:
-      DataError: the server refuses, stalls or breaks off, or the file has another checksum.
+      DataError: if the server refuses, stalls or breaks off, or the checksum is wrong.
     """
-    digest = hashlib.sha256()
     try:
-        request = urllib.request.Request(url, headers=_AGENT)
-        with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
-            length = response.headers["Content-Length"]
-            total = int(length) if length else None
-            with (
-                path.open("wb") as file,
-                tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
-            ):
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
+        expected, digest = _transfer(url, path)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise DataError(f"{url}: the download failed ({error}); {_ADVICE}") from error
-    if total is not None and path.stat().st_size != total:
+    size = path.stat().st_size
+    if expected is not None and size != expected:
+        raise DataError(f"{url}: expected {expected} bytes, got only {size}; try again later")
+    if sha256 is not None and digest != sha256:
         raise DataError(
-            f"{url}: expected {total} bytes, only {path.stat().st_size} came; try again later"
-        )
-    if sha256 is not None and digest.hexdigest() != sha256:
-        raise DataError(
-            f"{url}: expected sha256 {sha256}, came {digest.hexdigest()}, so the file was altered "
-            "on its way or at its source; try again later"
+            f"{url}: expected sha256 {sha256}, got {digest}, so the file was altered in transit or "
+            "at its source; try again later"
         )
 
 
-def _head(url: str) -> Exception | None:
+def _transfer(url: str, path: Path) -> tuple[int | None, str]:
+    """Writes the URL's content to the file; returns the announced length and the SHA-256."""
+    digest = hashlib.sha256()
+    request = urllib.request.Request(url, headers=_AGENT)
+    with urllib.request.urlopen(request, timeout=_STALL_SECONDS) as response:
+        length = response.headers["Content-Length"]
+        total = int(length) if length else None
+        with (
+            path.open("wb") as file,
+            tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    return total, digest.hexdigest()
+
+
+def _try_head(url: str) -> Exception | None:
+    """Returns the error of a HEAD request, or None if the server answered it."""
     request = urllib.request.Request(url, method="HEAD", headers=_AGENT)
     try:
         urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
-        error.close()  # an answer all the same: what it means is seen when the file is asked for
+        error.close()  # an answer too: some servers allow only GET, and `fetch` reports the rest
     except (OSError, http.client.HTTPException) as error:
         return error
     return None

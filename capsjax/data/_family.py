@@ -1,4 +1,4 @@
-"""What the files of the MNIST family leave unsaid: class names, EMNIST's orientation and labels."""
+"""What the MNIST family's files do not say: class names, EMNIST's orientation and numbering."""
 
 import string
 
@@ -7,7 +7,7 @@ import numpy as np
 IMAGE_SHAPE = (28, 28, 1)
 
 _DIGITS = tuple(string.digits)
-# EMNIST "by merge" puts a small letter that looks like its capital into the capital's class.
+# EMNIST "by merge" has one class for a capital and a lower-case letter of the same shape.
 _MERGED = (*_DIGITS, *string.ascii_uppercase, *"abdefghnqrt")
 
 _CLASS_NAMES = {
@@ -36,16 +36,16 @@ _CLASS_NAMES = {
 NAMES = tuple(_CLASS_NAMES)
 
 
-def class_names(name: str, image_shape: tuple[int, ...]) -> tuple[str, ...] | None:
-    """The classes of a data set of the family; None for images that cannot be of it."""
+def find_class_names(name: str, image_shape: tuple[int, ...]) -> tuple[str, ...] | None:
+    """Returns the class names of a member of the family, or None if the images differ in shape."""
     return _CLASS_NAMES.get(name) if image_shape == IMAGE_SHAPE else None
 
 
-def upright(name: str, images: np.ndarray) -> np.ndarray:
-    """EMNIST's files hold every image with rows and columns exchanged: turn them back."""
+def turn_upright(name: str, images: np.ndarray) -> np.ndarray:
+    """Transposes EMNIST's images, which its files hold with rows and columns exchanged."""
     return images.swapaxes(1, 2) if name.startswith("emnist/") else images
 
 
-def from_zero(name: str, labels: np.ndarray) -> np.ndarray:
-    """EMNIST's letters are numbered from 1 in its files, all else from 0."""
+def number_from_zero(name: str, labels: np.ndarray) -> np.ndarray:
+    """Subtracts 1 from the labels of EMNIST's letters, the only ones that start at 1."""
     return labels.astype(np.int32) - (name == "emnist/letters")

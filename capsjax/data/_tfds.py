@@ -1,47 +1,47 @@
-"""Data sets that TFDS prepared: where they are, and their arrays, decoded once and then cached."""
+"""Finds data sets that TFDS prepared, and loads them: they are decoded once, then cached."""
 
 import json
 import os
 import re
 from pathlib import Path
 
-from . import _cache
-from ._dataset import DataError, Dataset
+from capsjax.data import _cache
+from capsjax.data._dataset import DataError, Dataset
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _INFO = "dataset_info.json"
 
 
-def default_folder() -> Path:
-    """Where TFDS itself looks, found without its import, which takes most of a second."""
+def get_default_folder() -> Path:
+    """Returns the default data_dir of TFDS without importing it, which takes most of a second."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(default).expanduser()
 
 
 def load(name: str, folder: Path) -> Dataset | None:
-    """The data set prepared in `folder`, or in `folder/name`; None where there is none."""
-    prepared = _newest(folder) or _newest(folder / name)
+    """Loads the data set prepared in `folder` or `folder/name`, or returns None without one."""
+    prepared = _find_newest(folder) or _find_newest(folder / name)
     if prepared is None:
         return None
-    what = _full_name(prepared)
-    source = f"{what}: prepared by TFDS in {prepared}"
+    full_name = _read_full_name(prepared)
+    source = f"{full_name}: prepared by TFDS in {prepared}"
     dataset = _cache.read(prepared, source)
     if dataset is None:
-        from . import _tfds_reader  # it imports tensorflow_datasets
+        from capsjax.data import _tfds_reader  # imported late: it loads tensorflow_datasets
 
-        dataset = _tfds_reader.read(prepared, what, source)
+        dataset = _tfds_reader.read(prepared, full_name, source)
         _cache.write(prepared, dataset)
     return dataset
 
 
-def configs(name: str, folder: Path) -> list[str]:
-    """The parts of a data set that are prepared, each under a name of its own."""
+def list_configs(name: str, folder: Path) -> list[str]:
+    """Lists the prepared configs of a data set, such as emnist/letters for emnist."""
     versions = (folder / name).glob(f"*/*/{_INFO}")
     return sorted({f"{name}/{info.parent.parent.name}" for info in versions})
 
 
-def _newest(folder: Path) -> Path | None:
-    """The folder itself if TFDS prepared it, else the highest version in it."""
+def _find_newest(folder: Path) -> Path | None:
+    """Returns the folder itself if TFDS prepared it, or else the highest version in it."""
     if (folder / _INFO).is_file():
         return folder
     versions = {}
@@ -51,13 +51,13 @@ def _newest(folder: Path) -> Path | None:
     return versions[max(versions)] if versions else None
 
 
-def _full_name(prepared: Path) -> str:
-    """The TFDS name with its config, such as emnist/letters."""
+def _read_full_name(prepared: Path) -> str:
+    """Returns the TFDS name with its config, such as emnist/letters."""
     try:
         info = json.loads((prepared / _INFO).read_bytes())
         return "/".join(filter(None, (info["name"], info.get("configName"))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{prepared / _INFO}: expected what TFDS writes, but reading it failed ({error!r}); "
-            "remove the folder and prepare the data set again"
+            f"{prepared / _INFO}: expected a file that TFDS wrote, but reading it failed "
+            f"({error!r}); remove the folder and prepare the data set again"
         ) from error

@@ -1,7 +1,8 @@
-"""TFRecord files, which a TensorFlow user's `tfds.load` writes, read without TensorFlow.
+"""Reads TFRecord files, which `tfds.load` writes by default, without TensorFlow.
 
-A record is its length (uint64), a checksum of that, its bytes, and a checksum of these; all
-little-endian. https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+A record consists of its length (uint64), the checksum of the length, its bytes, and the checksum of
+the bytes, all little-endian.
+https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
 import struct
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._dataset import DataError
+from capsjax.data._dataset import DataError
 
 _LENGTH = struct.Struct("<Q")
 _FRAME = 8 + 4 + 4  # the length and the two checksums around a record's bytes
@@ -18,10 +19,10 @@ _MASK = 0xA282EAD8
 
 
 def read(path: Path) -> list[bytes]:
-    """The records of a file, their checksums verified.
+    """Returns the records of a file and verifies their checksums.
 
     Raises:
-      DataError: the file cannot be read, is cut short, or a checksum is wrong.
+      DataError: if the file cannot be read, is truncated, or a checksum is wrong.
     """
     try:
         content = path.read_bytes()
@@ -30,39 +31,46 @@ def read(path: Path) -> list[bytes]:
             f"{path}: cannot be read ({error.strerror}); remove the data set's folder and prepare "
             "it again"
         ) from error
+    starts, lengths = _locate_records(content, path)
+    _verify(content, np.array(starts, np.int64), np.array(lengths, np.int64), path)
+    return [content[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+def _locate_records(content: bytes, path: Path) -> tuple[list[int], list[int]]:
+    """Returns the start and the length of each record's bytes."""
     starts, lengths = [], []
     position = 0
     while position < len(content):
         if position + 8 <= len(content):
             (length,) = _LENGTH.unpack_from(content, position)
         else:
-            length = len(content)
+            length = len(content)  # too long, so that the file is found to be truncated
         starts.append(position + 12)
         lengths.append(length)
         position += length + _FRAME
     if position != len(content):
         raise DataError(
-            f"{path}: cut short or altered, its record number {len(starts) - 1} reaches beyond the "
+            f"{path}: truncated or altered, as record number {len(starts) - 1} extends beyond the "
             "end of the file; remove the data set's folder and prepare it again"
         )
-    _verify(content, np.array(starts, np.int64), np.array(lengths, np.int64), path)
-    return [content[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    return starts, lengths
 
 
 def _verify(content: bytes, starts: np.ndarray, lengths: np.ndarray, path: Path) -> None:
+    """Verifies the checksum of every record's length, then that of its bytes."""
     data = np.frombuffer(content, np.uint8)
     for begin, count in ((starts - 12, np.full_like(lengths, 8)), (starts, lengths)):
         stored = data[(begin + count)[:, None] + np.arange(4)].view("<u4")[:, 0]
-        wrong = np.flatnonzero(_masked_crc32c(data, begin, count) != stored)
+        wrong = np.flatnonzero(_compute_masked_crc32c(data, begin, count) != stored)
         if wrong.size:
             raise DataError(
-                f"{path}: record number {wrong[0]} does not have its checksum, so the file was "
+                f"{path}: record number {wrong[0]} does not match its checksum, so the file was "
                 "altered; remove the data set's folder and prepare it again"
             )
 
 
-def _masked_crc32c(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The checksum of every piece, all pieces at once: a step for each byte of the longest."""
+def _compute_masked_crc32c(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Computes the checksums of all pieces at once, one step per byte of the longest piece."""
     table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
@@ -70,7 +78,7 @@ def _masked_crc32c(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
     starts, ascending = starts[order], lengths[order][::-1]
     sums = np.full(len(starts), 0xFFFFFFFF, np.uint32)
     for step in range(int(lengths.max(initial=0))):
-        # Longest first, so the pieces that still have a byte here are the first `live`.
+        # The longest come first, so the pieces with a byte left at this step are the first `live`.
         live = len(starts) - np.searchsorted(ascending, step, side="right")
         byte = data[starts[:live] + step]
         sums[:live] = table[(sums[:live] ^ byte) & 0xFF] ^ (sums[:live] >> 8)

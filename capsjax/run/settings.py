@@ -19,7 +19,7 @@ class Recipe:
     preset: str = "seed"
     """seed: the widespread re-implementation. paper: the authors' released code."""
     routings: int | None = 3
-    """Iterations of routing."""
+    """Iterations of routing. None: the network has none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's computations. Parameters and sums are always float32."""
     seed: int = 0
@@ -36,7 +36,8 @@ class Images:
     """MNIST comes with the package and needs no download."""
 
     dataset: str = "mnist"
-    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets."""
+    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets. Give
+    your own data another name: 28×28 images named mnist get the names of its classes."""
     data_dir: Path | None = None
     """Where the images are: a TFDS folder, IDX files, an .npz, or train/CLASS/*.png and test/…"""
     download: bool = False
@@ -97,8 +98,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Started on each of several hosts, the same command trains one network on the devices of all.
-    The hosts need the same images and one folder to which all can write."""
+    """Started on each of several hosts, the same command trains one network on the devices of all,
+    which together must divide the batch. The hosts need the same images and a folder to which all
+    can write. If one process dies, the others end within a minute. --resume continues with any
+    number of processes: with the same number to the bit (on CPUs), else up to rounding."""
 
     coordinator: str | None = None
     """HOST:PORT where process 0 listens to the others."""
@@ -107,7 +110,8 @@ class Processes:
     process_id: int | None = None
     """Number of this process, from 0."""
     distributed: bool = False
-    """Take these three from the launcher: SLURM or Open MPI, one task a GPU, or a TPU pod."""
+    """Take these three from the launcher: SLURM or Open MPI (5 needs mpi4py), one task per GPU, or
+    a TPU pod."""
 
     def __post_init__(self) -> None:
         match self.coordinator, self.num_processes, self.process_id:

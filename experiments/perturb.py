@@ -1,0 +1,54 @@
+"""Digits, their reconstructions, and what one number of a capsule does: the README's picture.
+
+python experiments/perturb.py runs/mnist-TIME/weights.safetensors
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+import capsjax
+from capsjax import viz
+from capsjax.run.pictures import OFFSETS, perturbed
+
+SCALE = 2  # screen pixels for a pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturb:
+    """Draws each test digit beside its reconstruction and eleven perturbations of its capsule: the
+    number that changes the drawing most is moved from -0.25 to 0.25."""
+
+    weights: tyro.conf.Positional[Path]
+    """File of a trained network."""
+    images: tuple[int, ...] = (0, 1, 4)
+    """Which of the test images."""
+    out: Path = Path("perturb.png")
+    """The picture."""
+
+
+def main() -> None:
+    settings = tyro.cli(Perturb)
+    model, digits = capsjax.weights.load(settings.weights), capsjax.data.load("mnist").x_test
+    rows = np.concatenate([draw_row(model, digits[number]) for number in settings.images])
+    grid = viz.image_grid(rows, columns=3 + len(OFFSETS), separator=2)
+    height, width, _ = grid.shape
+    enlarged = Image.fromarray(grid).resize(
+        (SCALE * width, SCALE * height), Image.Resampling.NEAREST
+    )
+    enlarged.save(settings.out)
+
+
+def draw_row(model: capsjax.Network, digit: np.ndarray) -> np.ndarray:
+    """Draws a digit, its reconstruction, a gap, and the perturbations: [14, H, W, C]."""
+    moved = np.asarray(perturbed(model, digit, OFFSETS))
+    most = np.argmax(np.var(moved, axis=1).sum((1, 2, 3)))
+    drawn = np.asarray(capsjax.predict(model, digit).reconstruction)
+    return np.concatenate([[digit / 255, drawn, np.ones_like(drawn)], moved[most]])
+
+
+if __name__ == "__main__":
+    main()
