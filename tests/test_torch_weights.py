@@ -188,7 +188,7 @@ def test_routings_that_are_no_number_of_iterations_are_refused(tmp_path):
         ({"conv1.bias": None}, IMAGE, "missing: .'conv1.bias'"),
         ({"extra": np.zeros(1)}, IMAGE, "left over: .'extra'"),
         ({"conv1.weight": np.zeros((4, 3, 3))}, IMAGE, "conv1.weight with 4 axes"),
-        ({"conv1.bias": np.zeros(5)}, IMAGE, "conv1.bias is .4. here and .5. there"),
+        ({"conv1.bias": np.zeros(5)}, IMAGE, "expected conv1.bias as .4., got .5."),
         ({}, (8, 8, 3), "no image of"),
         ({}, None, "give image_shape"),
         ({}, (8, 30), "give image_shape"),

@@ -35,19 +35,19 @@ def test_fill_names_the_first_array_that_differs(tmp_path):
     for theirs, message in (
         (
             {**ours, "conv1": {"kernel": np.zeros((2, 4)), "bias": np.zeros(4)}},
-            r"params.conv1.bias is \[3\] here and \[4\] there",
+            r"expected params.conv1.bias as \[3\], got \[4\]",
         ),
         (
             {**ours, "conv1": {"kernel": np.zeros((2, 4)), "bias": np.zeros(3)}},
-            r"params.conv1.kernel is \[2, 3\] here and \[2, 4\] there",
+            r"expected params.conv1.kernel as \[2, 3\], got \[2, 4\]",
         ),
         (
             {"conv1": ours["conv1"]},
-            r"params.last is \[1\] here and no such array there",
+            r"expected params.last as \[1\], got no such array",
         ),
         (
             {**ours, "more": np.zeros((2, 2))},
-            r"params.more is no such array here and \[2, 2\] there",
+            r"expected params.more as no such array, got \[2, 2\]",
         ),
     ):
         with pytest.raises(WeightsError, match=f"weights of another network: {message}"):
