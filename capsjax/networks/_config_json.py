@@ -40,7 +40,10 @@ def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
         name = fields["name"]
         kind = kinds[name]
     except KeyError as error:
-        raise ValueError(f"{error} is none of the known names {', '.join(kinds)}") from error
+        raise ValueError(
+            f"expected one of {', '.join(kinds)}, got {error}; import the module that defines it "
+            "and registers it in capsjax.NETWORKS or capsjax.ROUTINGS"
+        ) from error
     try:
         return kind(**{n: _read(v, kinds) for n, v in fields.items() if n != "name"})
     except TypeError as error:
@@ -61,5 +64,10 @@ def with_iterations(config: Any, iterations: int) -> Any:
     """
     routing: Any = getattr(config, "routing", None)
     if not hasattr(routing, "iterations"):
-        raise ValueError(f"--routings {iterations}: {config.name} has no iterations of routing")
+        lacks = (
+            f"routing {routing.name} has no field iterations"
+            if routing
+            else (f"network {config.name} has no field routing")
+        )
+        raise ValueError(f"--routings {iterations}: the {lacks}")
     return dataclasses.replace(config, routing=dataclasses.replace(routing, iterations=iterations))

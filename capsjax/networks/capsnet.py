@@ -124,7 +124,9 @@ class CapsNet(Network):
         **sizes: Any,
     ):
         if routings is not None:
-            sizes["routing"] = as_routing(routings)
+            if "routing" in sizes:
+                raise TypeError("CapsNet: give routings or routing, not both")
+            sizes["routing"] = routings
         config = dataclasses.replace(config, **sizes)
         super().__init__(config, image_shape, num_classes)
         depth = image_shape[2]

@@ -59,7 +59,7 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
     Raises:
       ValueError: if the settings do not fit the images or the devices.
     """
-    preset = experiment.presets[settings.recipe.preset]
+    preset = _find_preset(settings.recipe.preset, experiment)
     dataset, train_indices, validation_indices = _load(settings)
     batch_size = settings.training.batch_size
     steps = len(train_indices) // batch_size
@@ -87,6 +87,15 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
         columns=list_columns(state.sums.losses),
     )
     return plan, state
+
+
+def _find_preset(name: str, experiment: Experiment) -> Preset:
+    if name not in experiment.presets:  # told by the folder of another experiment's run
+        raise ValueError(
+            f"there is no preset {name!r} here, only {', '.join(experiment.presets)}: use the "
+            "experiment that began the run"
+        )
+    return experiment.presets[name]
 
 
 def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
