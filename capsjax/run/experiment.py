@@ -24,7 +24,7 @@ class Experiment:
       dataset: the data set that is loaded unless another is named.
     """
 
-    description: str = "Train a capsule network on images, test it, and draw what it learnt."
+    description: str = "Train a capsule network, test it, and draw what it learnt."
     presets: Mapping[str, Preset] = dataclasses.field(default_factory=lambda: PRESETS)
     make_task: Callable[[Training], Task] = make_classification
     dataset: str = "mnist"

@@ -117,7 +117,10 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
     """Reads the newest checkpoint; without one the run starts again from its initial state."""
     config, epochs = read_config(folder), plan.settings.training.epochs
     asked = from_json(to_json(plan.settings))  # with absolute paths, as they were saved
-    refuse_changes(asked, dataclasses.replace(read_settings(folder), run=asked.run))
+    saved, run = read_settings(folder), asked.run
+    if run.resume is None:  # --resume continues with the weights that the run was begun with
+        run = dataclasses.replace(run, weights=saved.run.weights)
+    refuse_changes(asked, dataclasses.replace(saved, run=run))
     if config["data"]["crc32"] != plan.fingerprint:
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
     read_rows(folder, plan.columns)  # refused now, not after an epoch
