@@ -133,7 +133,7 @@ def test_run_and_file_are_tested_as_they_were_trained(whole, base, tmp_path, kin
 
 
 def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_path):
-    with mock.patch("capsjax.run.main.finish", side_effect=MemoryError) as finish:
+    with mock.patch("capsjax.run.lifecycle.finish", side_effect=MemoryError) as finish:
         flags = {"weights": whole.folder, "save_dir": tmp_path / "run"}
         with pytest.raises(MemoryError):
             run_command(BARE, **base, **flags)
