@@ -291,7 +291,9 @@ def _check(path: Path, entry: str, arrays: Mapping[str, np.ndarray]) -> Descript
 def _parse(about: Mapping[str, Any]) -> Description:
     height, width, channels = about["image_shape"]
     config = config_from_json(about["network"], NETWORKS)
-    return Description(config, (height, width, channels), about["num_classes"], about["notes"])
+    return Description(
+        config, (height, width, channels), about["num_classes"], dict(about["notes"])
+    )
 
 
 def _build(

@@ -25,8 +25,8 @@ from benchmarking.tables import show_contest, show_growth, show_sizes, show_stag
 from capsjax.run.pictures import write
 
 PYTORCH, CAPSJAX = "PyTorch float32", "capsjax float32"
-# PyTorch as it comes, then what was found to make it faster. The allocator is set as capsjax.run
-# sets it, for both libraries, unless the name says otherwise.
+# PyTorch with its defaults, then what was found to make it faster. The allocator is set as
+# capsjax.run sets it, for both libraries, unless the name says otherwise.
 CONTENDERS = {
     PYTORCH: Contender("torch", keep_memory=False),
     "PyTorch float32, allocator set": Contender("torch"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from capsjax import data
-from capsjax.data import _shipped_mnist, _dataset
+from capsjax.data import _dataset, _shipped_mnist
 from data_files import IDX_FILES, digits, encode_idx, gzipped, write_folders, write_idx, write_npz
 
 

@@ -169,7 +169,9 @@ def test_a_routing_of_ones_own_is_read_by_its_name(tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     model = make_network(routing=ScaledRouting(2.5, ((3, 4), (5, 6))))
     weights.save(model, path)
-    with pytest.raises(WeightsError, match=r"holds a network that is not known.*'scaled'.*capsnet"):
+    with pytest.raises(
+        WeightsError, match=r"not known here: expected one of agreement, got 'scaled'"
+    ):
         weights.load(path)
     assert weights.describe(path) is None
     monkeypatch.setitem(capsjax.ROUTINGS, "scaled", ScaledRouting)
@@ -181,7 +183,7 @@ def test_a_routing_of_ones_own_is_read_by_its_name(tmp_path, monkeypatch):
 def test_a_network_of_ones_own_is_read_by_its_name(tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     weights.save(tiny.make_normalised(), path)
-    with pytest.raises(WeightsError, match=r"net\.safetensors holds .*'normalised' is none of"):
+    with pytest.raises(WeightsError, match=r"net\.safetensors holds .* got 'normalised'; import"):
         weights.load(path)
     monkeypatch.setitem(capsjax.NETWORKS, "normalised", tiny.NormalisedConfig)
     assert_same_network(weights.load(path), tiny.make_normalised())
@@ -313,7 +315,7 @@ def test_iterations_of_a_network_that_has_none_are_refused(tmp_path, monkeypatch
     monkeypatch.setitem(capsjax.ROUTINGS, "scaled", ScaledRouting)
     without = network == "without routing"
     weights.save(tiny.make_normalised() if without else make_network(routing=ScaledRouting()), path)
-    with pytest.raises(ValueError, match=r"--routings 5: .* has no iterations of routing"):
+    with pytest.raises(ValueError, match=r"--routings 5: the (network|routing) .* has no field"):
         weights.load(path, routings=5)
 
 

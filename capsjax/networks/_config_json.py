@@ -32,7 +32,7 @@ def config_from_json(
     Raises:
       ValueError: if no network or routing has the name, or a field does not fit.
     """
-    return _build(fields, {**networks, **ROUTINGS})
+    return _build(fields, networks)
 
 
 def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
@@ -45,15 +45,15 @@ def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
             "and registers it in capsjax.NETWORKS or capsjax.ROUTINGS"
         ) from error
     try:
-        return kind(**{n: _read(v, kinds) for n, v in fields.items() if n != "name"})
+        return kind(**{n: _read(value) for n, value in fields.items() if n != "name"})
     except TypeError as error:
         raise ValueError(f"{name} has other fields: {error}") from error
 
 
-def _read(value: Any, kinds: Mapping[str, Any]) -> Any:
+def _read(value: Any) -> Any:
     if isinstance(value, dict):
-        return _build(value, kinds)
-    return tuple(_read(item, kinds) for item in value) if isinstance(value, list) else value
+        return _build(value, ROUTINGS)
+    return tuple(map(_read, value)) if isinstance(value, list) else value
 
 
 def with_iterations(config: Any, iterations: int) -> Any:

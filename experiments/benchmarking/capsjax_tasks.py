@@ -1,4 +1,4 @@
-"""What is timed of capsjax: the train step, the forward pass, and the stages of a step."""
+"""The tasks that are timed in capsjax: train step, forward pass, and the stages of a step."""
 
 import time
 from collections.abc import Callable

@@ -21,7 +21,7 @@ def measure_start() -> dict[str, float]:
 
 
 def _measure_first_step(folder: Path, name: str) -> float:
-    """Starts a training in a terminal, where alone it shows a bar, and kills it once that moves."""
+    """Starts a training in a terminal, since it shows no bar elsewhere; kills it at that bar."""
     script = Path(__file__).parents[1] / "mnist.py"
     command = [sys.executable, str(script), "--train-size", "5000"]
     ours, theirs = _open_terminal()

@@ -1,4 +1,4 @@
-"""What is timed of the network in PyTorch: the same tasks as in `capsjax_tasks`."""
+"""The tasks that are timed in PyTorch: those of `capsjax_tasks`."""
 
 from collections.abc import Callable
 from typing import Any

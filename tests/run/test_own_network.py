@@ -152,7 +152,7 @@ def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_pat
 def test_routings_are_refused_in_words(base, tmp_path):
     outcome = run_command(BARE, routings=3, save_dir=tmp_path / "run", **base)
     assert outcome.status == 2
-    assert "--routings 3: bare has no iterations of routing" in outcome.err
+    assert "--routings 3: the network bare has no field routing" in outcome.err
     assert not (tmp_path / "run").exists()
 
 
