@@ -26,7 +26,7 @@ class Training:
     shift_pixels: int = 2
     """Largest random shift of a training image in each direction, in pixels."""
     average: float | None = None
-    """Decay of a moving average of the weights, which then replaces them in evaluation."""
+    """Decay of a moving average of the weights, which evaluation then uses. None: no average."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

@@ -41,7 +41,7 @@ def train_slowly(seconds: float, args: list[str]) -> None:
     draw = slow_down(pictures.write_pictures, "draws", seconds)
     with (
         mock.patch.object(loop, "jit_steps", jit_slow_steps),
-        mock.patch("capsjax.run.main.write_pictures", draw),
+        mock.patch("capsjax.run.lifecycle.write_pictures", draw),
     ):
         main(EXPERIMENT, args)
 

@@ -61,7 +61,7 @@ def test_training_goes_on_from_a_file_of_pytorch_and_keeps_it(start, tmp_path):
 def test_preset_and_routings_are_those_of_the_weights(trained, start, kind):
     folder = trained(preset="paper", routings=2).folder
     source = folder if kind == "folder" else folder / "weights.safetensors"
-    with mock.patch("capsjax.run.main.finish", side_effect=SystemExit(0)):  # begun is enough
+    with mock.patch("capsjax.run.lifecycle.finish", side_effect=SystemExit(0)):  # begun is enough
         begun = start(weights=source)
     settings = read_json(begun.folder)["settings"]
     assert (settings["recipe"]["preset"], settings["recipe"]["routings"]) == ("paper", 2)

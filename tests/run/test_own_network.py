@@ -133,7 +133,7 @@ def test_run_and_file_are_tested_as_they_were_trained(whole, base, tmp_path, kin
 
 
 def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_path):
-    with mock.patch("capsjax.run.main.finish", side_effect=MemoryError) as finish:
+    with mock.patch("capsjax.run.lifecycle.finish", side_effect=MemoryError) as finish:
         flags = {"weights": whole.folder, "save_dir": tmp_path / "run"}
         with pytest.raises(MemoryError):
             run_command(BARE, **base, **flags)
@@ -152,7 +152,7 @@ def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_pat
 def test_routings_are_refused_in_words(base, tmp_path):
     outcome = run_command(BARE, routings=3, save_dir=tmp_path / "run", **base)
     assert outcome.status == 2
-    assert "--routings 3: bare has no iterations of routing" in outcome.err
+    assert "--routings 3: the network bare has no field routing" in outcome.err
     assert not (tmp_path / "run").exists()
 
 

@@ -34,7 +34,7 @@ def make_settings(base, tmp_path):
 
 
 def run_without_pictures(settings: Settings) -> Result:
-    with mock.patch("capsjax.run.main.write_pictures"):
+    with mock.patch("capsjax.run.lifecycle.write_pictures"):
         return run(EXPERIMENT, settings)
 
 

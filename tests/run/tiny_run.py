@@ -58,7 +58,7 @@ def run_command(
         stack.enter_context(mock.patch("capsjax.run.machine.configure"))
         if not pictures:
             write = lambda folder, model, *rest: drawn.append(model)  # noqa: E731
-            stack.enter_context(mock.patch("capsjax.run.main.write_pictures", write))
+            stack.enter_context(mock.patch("capsjax.run.lifecycle.write_pictures", write))
         try:
             main(experiment, make_arguments(**flags))
         except SystemExit as end:
