@@ -20,8 +20,8 @@ class Training:
     lr: float = 1e-3
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
-    """Factor on the learning rate per epoch. None: 0.96^150 over all epochs (paper), or a cosine that
-    ends at 0 (best)."""
+    """Factor on the learning rate per epoch. None: 0.96^150 over all epochs (paper), or a cosine
+    that ends at 0 (best)."""
     lam_recon: float | None = None
     """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
     shift_pixels: float = 2
