@@ -2,11 +2,27 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import optax
 
 from capsjax._routing import Agreement
 from capsjax.networks import CapsNetConfig, NetworkConfig
+
+
+# What each number must be; a comparison with nan never holds.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "epochs": (lambda value: value >= 1, "1 or more"),
+    "batch_size": (lambda value: value >= 1, "1 or more"),
+    "lr": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "lr_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "lam_recon": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
+    "shift_pixels": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
+    "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
+    "shear": (lambda value: 0 <= value <= 80, "from 0 to 80"),
+    "zoom": (lambda value: 0 <= value <= 0.9, "from 0 to 0.9"),
+    "average": (lambda value: 0 < value < 1, "between 0 and 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +52,9 @@ class Training:
     """Decay of a moving average of the weights, which then replaces them in evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            check(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name, most in (
-            ("shift_pixels", math.inf),
-            ("rotation", 180),
-            ("shear", 89),
-            ("zoom", 0.99),
-        ):
-            limit, allowed = (
-                getattr(self, name),
-                "a number of 0 or more" if most == math.inf else f"from 0 to {most}",
-            )
-            check(0 <= limit <= most and limit < math.inf, name, allowed, limit)
-        check(0 < self.lr < math.inf, "lr", "a number above 0", self.lr)
-        decay, lam, average = self.lr_decay, self.lam_recon, self.average
-        check(decay is None or 0 < decay <= 1, "lr_decay", "above 0 and at most 1", decay)
-        check(lam is None or 0 <= lam < math.inf, "lam_recon", "a number of 0 or more", lam)
-        check(average is None or 0 < average < 1, "average", "between 0 and 1", average)
+        for name, (holds, expected) in _RANGES.items():
+            value = getattr(self, name)
+            check(value is None or holds(value), name, expected, value)
 
 
 def check(holds: bool, name: str, expected: str, got: object) -> None:
