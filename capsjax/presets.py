@@ -9,7 +9,6 @@ import optax
 from capsjax._routing import Agreement
 from capsjax.networks import CapsNetConfig, NetworkConfig
 
-
 # What each number must be; a comparison with nan never holds.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda value: value >= 1, "1 or more"),
@@ -130,9 +129,8 @@ PAPER = Preset(
     lr_floor=1e-6,
 )
 
-# As `seed`, with what pays on held-out images: warped digits, averaged weights, a rate that ends at
-# 0. The average's decay and the cosine: Izmailov et al., 2018, arXiv:1803.05407, and Loshchilov,
-# Hutter, 2017, arXiv:1608.03983.
+# As `seed`, but for what paid on held-out images: warped digits, averaged weights (Polyak, Juditsky,
+# 1992), and a rate that falls to 0 (Loshchilov, Hutter, 2017, arXiv:1608.03983).
 BEST = Preset(
     network=CapsNetConfig(),
     training=Training(

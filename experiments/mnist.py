@@ -6,12 +6,12 @@ python experiments/mnist.py --testing --weights runs/mnist-20260101-120000
 python experiments/mnist.py --data-dir my_images --validation 500
 """
 
-from capsjax.presets import PAPER, SEED
+from capsjax.presets import PRESETS
 from capsjax.run import Experiment, main
 
 MNIST = Experiment(
     description="Train CapsNet on images, test it, and draw what it learnt.",
-    presets={"seed": SEED, "paper": PAPER},
+    presets=PRESETS,
     dataset="mnist",
 )
 

@@ -17,7 +17,8 @@ class Recipe:
     """The preset gives the defaults of this group and the next: see also --preset paper --help."""
 
     preset: str = "seed"
-    """seed: the widespread re-implementation. paper: the authors' released code."""
+    """seed: the widespread re-implementation. paper: the authors' released code. best: seed with
+    warped images and averaged weights."""
     routings: int | None = 3
     """Iterations of routing. None: the network has none."""
     precision: Literal["float32", "bfloat16"] = "float32"
