@@ -129,8 +129,8 @@ PAPER = Preset(
     lr_floor=1e-6,
 )
 
-# As `seed`, but for what paid on held-out images: warped digits, averaged weights (Polyak, Juditsky,
-# 1992), and a rate that falls to 0 (Loshchilov, Hutter, 2017, arXiv:1608.03983).
+# As `seed`, but for what paid on held-out images: warped digits, averaged weights (Polyak and
+# Juditsky, 1992), and a rate that falls to 0 (Loshchilov and Hutter, 2017, arXiv:1608.03983).
 BEST = Preset(
     network=CapsNetConfig(),
     training=Training(
