@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def to_unit_interval(images: jax.Array) -> jax.Array:
+def to_unit_interval(images: jax.Array | np.ndarray) -> jax.Array:
     """Turns integer pixels from 0 to 255 into float32 from 0 to 1; floats stay as they are."""
+    images = jnp.asarray(images)
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) / 255

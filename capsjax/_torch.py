@@ -49,17 +49,8 @@ def convert_from_torch(
     theirs = {name.removeprefix("module."): as_float32(v) for name, v in state_dict.items()}
     _check_names(theirs)
     image_shape = _check_image_shape(theirs, image_shape)
-    num_classes, _, dim_class, dim_primary = theirs["digitcaps.weight"].shape
-    config = CapsNetConfig(
-        channels=theirs["conv1.weight"].shape[0],
-        kernel_size=theirs["conv1.weight"].shape[2],
-        types=theirs["primarycaps.conv2d.weight"].shape[0] // dim_primary,
-        dim_primary=dim_primary,
-        dim_class=dim_class,
-        hidden=(theirs["decoder.0.bias"].size, theirs["decoder.2.bias"].size),
-        grouping="flat",
-        routing=routings,
-    )
+    config = _read_config(theirs, routings)
+    num_classes = theirs["digitcaps.weight"].shape[0]
     height, width, depth = image_shape
     order = np.arange(math.prod(image_shape)).reshape(depth, height, width).transpose(1, 2, 0)
     return Converted(config, image_shape, num_classes, _rename_from_torch(theirs, order.ravel()))
@@ -114,8 +105,27 @@ def _check_names(theirs: Mapping[str, np.ndarray]) -> None:
     if left := sorted(set(theirs) - set(_AXES)):
         raise WeightsError(f"expected the arrays {names}; left over: {left}")
     for name, ndim in _AXES.items():
-        if theirs[name].ndim != ndim:
-            raise WeightsError(f"expected {name} with {ndim} axes, got {list(theirs[name].shape)}")
+        if theirs[name].ndim != ndim or not theirs[name].size:
+            raise WeightsError(
+                f"expected {name} with {ndim} axes, none of size 0, got {list(theirs[name].shape)}"
+            )
+
+
+def _read_config(theirs: Mapping[str, np.ndarray], routings: int) -> CapsNetConfig:
+    _, _, dim_class, dim_primary = theirs["digitcaps.weight"].shape
+    try:
+        return CapsNetConfig(
+            channels=theirs["conv1.weight"].shape[0],
+            kernel_size=theirs["conv1.weight"].shape[2],
+            types=theirs["primarycaps.conv2d.weight"].shape[0] // dim_primary,
+            dim_primary=dim_primary,
+            dim_class=dim_class,
+            hidden=(theirs["decoder.0.bias"].size, theirs["decoder.2.bias"].size),
+            grouping="flat",
+            routing=routings,
+        )
+    except ValueError as error:
+        raise WeightsError(f"no network has these sizes: {error}") from error
 
 
 def _check_image_shape(

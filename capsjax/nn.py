@@ -1,5 +1,6 @@
 """Flax NNX layers: they hold the parameters and call the functions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +19,25 @@ Initializer = initializers.Initializer
 
 
 class Affine(nnx.Module):
-    """The kernel [..., in, out] and the bias [out] of a convolution or of a dense layer."""
+    """Kernel and bias of a convolution or of a dense layer.
+
+    Args:
+      shape: of the kernel, [..., in, out]; the bias is [out].
+      kernel_init: U(±1/√fan_in) by default, as in PyTorch.
+      bias_init: likewise.
+      rngs: its stream `params` draws the initial values.
+    """
 
     def __init__(
         self,
         shape: Sequence[int],
-        kernel_init: Initializer,
-        bias_init: Initializer,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
         *,
         rngs: nnx.Rngs,
     ):
+        uniform = fan_in_uniform(math.prod(shape[:-1]))
+        kernel_init, bias_init = kernel_init or uniform, bias_init or uniform
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(bias_init(rngs.params(), shape[-1:], jnp.float32))
 
@@ -92,8 +102,7 @@ class PrimaryCaps(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        uniform = fan_in_uniform(kernel_size * kernel_size * in_channels)
-        self.conv = Affine(shape, kernel_init or uniform, bias_init or uniform, rngs=rngs)
+        self.conv = Affine(shape, kernel_init, bias_init, rngs=rngs)
         self.dim_caps, self.strides = dim_caps, strides
         self.grouping: Grouping = grouping
         self.coupling = coupling
@@ -169,6 +178,15 @@ class Decoder(nnx.List):
       layers: an `Affine` each.
 
     Called with x [..., j·d], returns pixels [..., H·W·C] between 0 and 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import capsjax
+      >>> rngs, sizes = nnx.Rngs(0), [(160, 512), (512, 784)]
+      >>> decoder = capsjax.nn.Decoder(capsjax.nn.Affine(size, rngs=rngs) for size in sizes)
+      >>> decoder(capsjax.mask(jnp.ones((2, 10, 16)), jnp.array([3, 7]))).shape
+      (2, 784)
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -176,9 +194,21 @@ class Decoder(nnx.List):
 
 
 def as_routing(routings: int | Routing) -> Routing:
-    """Returns routing by agreement for a number of iterations, any other routing as it is."""
-    # A number of another type is refused by Agreement.
-    return Agreement(routings) if isinstance(routings, int | float) else routings
+    """Returns routing by agreement for a number of iterations, any other routing as it is.
+
+    Raises:
+      ValueError: if it is neither an int of 1 or more nor a `Routing`.
+    """
+    if not callable(routings):
+        return Agreement(routings)
+    frozen = getattr(routings, "__dataclass_params__", None)
+    needed = hasattr(routings, "name") and hasattr(routings, "bias_shape")
+    if isinstance(routings, type) or not needed or frozen is None or not frozen.frozen:
+        raise ValueError(
+            "expected a number of iterations or a routing, an instance of a frozen dataclass with "
+            f"name, bias_shape and __call__, got {routings!r}"
+        )
+    return routings
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:

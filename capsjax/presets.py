@@ -48,7 +48,7 @@ class Training:
     zoom: float = 0
     """Largest random zoom of a training image along each axis: 0.2 for 0.8 to 1.2."""
     average: float | None = None
-    """Decay of a moving average of the weights, which then replaces them in evaluation."""
+    """Decay of a moving average of the weights, which evaluation then uses. None: no average."""
 
     def __post_init__(self) -> None:
         for name, (holds, expected) in _RANGES.items():

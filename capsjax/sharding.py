@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from capsjax._memory import host_memory
+from capsjax._host_memory import host_memory
 
 AXIS = "data"
 

@@ -111,9 +111,14 @@ class Classification:
         return jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
 
 
-def batch_shape(task: Task, images: Any, labels: Any) -> tuple[int, int, int]:
-    """Returns (H, W, C) of the images that a task makes of a data set, without making any."""
+def example_batch(task: Task, images: Any, labels: Any) -> Batch:
+    """Returns the shapes and dtypes of a batch of one example, without making any."""
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (images, labels))
-    height, width, channels = jax.eval_shape(task.test_batch, *arrays, one).images.shape[1:]
+    return jax.eval_shape(task.test_batch, *arrays, one)
+
+
+def batch_shape(task: Task, images: Any, labels: Any) -> tuple[int, int, int]:
+    """Returns (H, W, C) of the images that a task makes of a data set, without making any."""
+    height, width, channels = example_batch(task, images, labels).images.shape[1:]
     return height, width, channels

@@ -71,6 +71,7 @@ def create(
     task: Task,
     *,
     average: float | None = None,
+    example: Batch | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a network into its static graph and the state that training starts from.
 
@@ -79,6 +80,8 @@ def create(
       optimizer: any optax transformation.
       task: its losses name the sums.
       average: as in `Setup`.
+      example: the shapes of a batch, from `capsjax.tasks.example_batch`; None: class numbers, and
+        targets like the images.
 
     Returns:
       The graph definition, for a `Setup`, and the `TrainState` of step 0.
@@ -104,23 +107,23 @@ def create(
         statistics=statistics,
         average=jax.tree.map(jnp.copy, params) if average else {},
         opt_state=optimizer.init(params),
-        sums=zero_sums(loss_names(model, task)),
+        sums=zero_sums(loss_names(model, task, example)),
     )
     return graphdef, state
 
 
-def loss_names(model: Network, task: Task) -> tuple[str, ...]:
+def loss_names(model: Network, task: Task, example: Batch | None = None) -> tuple[str, ...]:
     """Returns the names of a task's losses for a network, without computing any."""
-    image = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    image: Any = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    label: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+    example = example or Batch(image, label, image)
     graphdef, variables = nnx.split(model)
 
-    def losses(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        batch = Batch(images, labels, images)
-        output = task.forward(nnx.merge(graphdef, variables), batch, labels)
+    def losses(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        output = task.forward(nnx.merge(graphdef, variables), batch, batch.labels)
         return task.losses(output, batch, jnp.zeros((), jnp.int32))
 
-    return tuple(jax.eval_shape(losses, variables, image, label))
+    return tuple(jax.eval_shape(losses, variables, example))
 
 
 def zero_sums(names: tuple[str, ...]) -> Sums:

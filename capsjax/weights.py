@@ -96,6 +96,7 @@ def load(
     Raises:
       WeightsError: if the file is of another kind, truncated, altered, or holds more than weights;
         if `capsjax.NETWORKS` lacks its network; or if PyTorch is needed and not installed.
+      ValueError: if `routings` is less than 1, or the network has no iterations of routing.
       OSError: if the file cannot be read.
 
     Example:
@@ -113,7 +114,8 @@ def load(
             config = with_iterations(config, routings)
         return _build(config, image_shape, num_classes, arrays)
     try:
-        return from_torch(arrays, image_shape=image_shape, routings=routings or 3)
+        routings = 3 if routings is None else routings
+        return from_torch(arrays, image_shape=image_shape, routings=routings)
     except WeightsError as error:
         reason = "is not of XifengGuo's PyTorch code"
         if path.suffix not in PICKLE_SUFFIXES:
@@ -282,14 +284,16 @@ def _check(path: Path, entry: str, arrays: Mapping[str, np.ndarray]) -> Descript
         )
     try:
         return _parse(about)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} holds a network that is not known here: {error}") from error
 
 
 def _parse(about: Mapping[str, Any]) -> Description:
     height, width, channels = about["image_shape"]
     config = config_from_json(about["network"], NETWORKS)
-    return Description(config, (height, width, channels), about["num_classes"], about["notes"])
+    return Description(
+        config, (height, width, channels), about["num_classes"], dict(about["notes"])
+    )
 
 
 def _build(

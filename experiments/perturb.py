@@ -12,6 +12,7 @@ from PIL import Image
 
 import capsjax
 from capsjax import viz
+from capsjax._pixels import to_unit_interval
 from capsjax.run.pictures import OFFSETS, perturbed
 
 SCALE = 2  # screen pixels for a pixel
@@ -47,7 +48,7 @@ def draw_row(model: capsjax.Network, digit: np.ndarray) -> np.ndarray:
     moved = np.asarray(perturbed(model, digit, OFFSETS))
     most = np.argmax(np.var(moved, axis=1).sum((1, 2, 3)))
     drawn = np.asarray(capsjax.predict(model, digit).reconstruction)
-    return np.concatenate([[digit / 255, drawn, np.ones_like(drawn)], moved[most]])
+    return np.concatenate([[to_unit_interval(digit), drawn, np.ones_like(drawn)], moved[most]])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import numpy as np
 
 @np.vectorize(signature="(d)->()")
 def length(x):
+    """Computes √(Σ x²)."""
     return math.sqrt(sum(float(component) ** 2 for component in x))
 
 
 @np.vectorize(signature="(d)->(d)")
 def squash(s):
-    """Equation 1: short vectors shrink to almost zero, long ones to a length slightly below 1."""
+    """Shrinks short vectors to almost zero, long ones to a length slightly below 1 (eq. 1)."""
     norm = float(length(s))
     if norm == 0:
         return np.zeros(len(s))
@@ -25,7 +26,7 @@ def squash(s):
 
 
 def squash_jacobian(s):
-    """dv_a / ds_b. With n = |s|, v = f(n) s and f = n / (1 + n²): f δ_ab + f' s_a s_b / n."""
+    """Computes dv_a / ds_b = f δ_ab + f' s_a s_b / n, where n = |s| and f = n / (1 + n²)."""
     s = np.asarray(s, np.float64)
     n = float(length(s))
     if n == 0:
@@ -36,7 +37,7 @@ def squash_jacobian(s):
 
 @np.vectorize(signature="(i,k),(j,i,d,k)->(j,i,d)")
 def predictions(u, weight):
-    """Equation 2, right: each input capsule times a matrix for each output capsule."""
+    """Multiplies each input capsule by a matrix for each output capsule (eq. 2, right)."""
     u, weight = u.astype(np.float64), weight.astype(np.float64)
     u_hat = np.zeros(weight.shape[:3])
     for j in range(weight.shape[0]):
@@ -46,7 +47,7 @@ def predictions(u, weight):
 
 
 def routing_state(u_hat, routings, bias=None):
-    """Procedure 1: logits and couplings of the last iteration [..., j, i], capsules [..., j, d]."""
+    """Routes (procedure 1): logits and couplings of the last iteration, and the capsules."""
     bias = np.zeros((u_hat.shape[-3], u_hat.shape[-1])) if bias is None else bias
     return _route(u_hat, bias, routings)
 
@@ -75,7 +76,7 @@ def _route(u_hat, bias, routings):
 
 @np.vectorize(signature="(h,w,c),(p,q,c,o),()->(r,s,o)")
 def conv(x, kernel, strides):
-    """A convolution without padding, `strides` pixels from one output to the next."""
+    """Convolves without padding, `strides` pixels from one output to the next."""
     x, kernel = x.astype(np.float64), kernel.astype(np.float64)
     height, width, _ = x.shape
     p, q, _, channels = kernel.shape
@@ -90,7 +91,7 @@ def conv(x, kernel, strides):
 
 
 def primary_capsules(x, kernel, bias, dim, strides=2, grouping="channels", coupling=1.0):
-    """§4: capsules of `dim` channels each, for every position of the grid and every type."""
+    """Makes capsules of `dim` channels, at every position of the grid, of every type (§4)."""
     s = coupling * conv(x, kernel, strides) + np.asarray(bias, np.float64)
     group = {"channels": _group_channels, "flat": _group_flat}[grouping]
     return squash(group(s, np.zeros(dim)))
@@ -123,7 +124,7 @@ def _group_flat(s, capsule):
 
 @np.vectorize(signature="(j,d),(j)->(n)")
 def mask(capsules, kept):
-    """§4.1: all but the capsules of the right digits are masked out."""
+    """Masks out all but the capsules of the right digits (§4.1)."""
     x = []
     for j in range(capsules.shape[0]):
         for number in capsules[j]:
@@ -132,13 +133,25 @@ def mask(capsules, kept):
 
 
 def longest(capsules):
-    """One-hot [..., j] of the longest capsule."""
+    """Returns one-hot labels [..., j] of the longest capsule."""
     lengths = length(capsules)
     return np.eye(lengths.shape[-1])[lengths.argmax(-1)]
 
 
+def perturb(capsules, offsets):
+    """Changes one number of the capsules [j, d] by one offset, for each of [d, n] (figure 4)."""
+    classes, dim = capsules.shape
+    x = np.zeros((dim, len(offsets), classes, dim))
+    for number in range(dim):
+        for n, offset in enumerate(offsets):
+            x[number, n] = capsules
+            for j in range(classes):
+                x[number, n, j, number] += offset
+    return x
+
+
 def decode(layers, x):
-    """Figure 2: fully connected layers, rectified, and the last one with a sigmoid."""
+    """Applies fully connected layers, rectified, the last one with a sigmoid (figure 2)."""
     for layer, (kernel, bias) in enumerate(layers):
         x = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
         x = np.maximum(x, 0) if layer < len(layers) - 1 else 1 / (1 + np.exp(-x))
@@ -147,7 +160,7 @@ def decode(layers, x):
 
 @np.vectorize(signature="(j),(j),(),(),()->()")
 def margin_loss(lengths, present, m_plus, m_minus, down_weight):
-    """Equation 4, summed over the classes."""
+    """Sums the margin loss over the classes (eq. 4)."""
     loss = 0.0
     for v, t in zip(lengths, present, strict=True):
         loss += t * max(0.0, m_plus - v) ** 2
@@ -157,7 +170,7 @@ def margin_loss(lengths, present, m_plus, m_minus, down_weight):
 
 @np.vectorize(signature="(h,w,c),(h,w,c)->()")
 def reconstruction_loss(reconstruction, image):
-    """The squared differences of the pixels, averaged."""
+    """Averages the squared differences of the pixels."""
     loss = 0.0
     for index in np.ndindex(image.shape):
         loss += (float(reconstruction[index]) - float(image[index])) ** 2
@@ -165,5 +178,6 @@ def reconstruction_loss(reconstruction, image):
 
 
 def caps_loss(present, lengths, images, reconstructions, lam_recon):
+    """Adds the means of both losses."""
     margin = np.mean(margin_loss(lengths, present, 0.9, 0.1, 0.5))
     return margin + lam_recon * np.mean(reconstruction_loss(reconstructions, images))

@@ -8,6 +8,8 @@ from types import FunctionType
 import pytest
 
 import capsjax
+import capsjax.run
+import capsjax.viz
 
 FUNCTIONS = {
     "length": "(x, axis=-1, *, keepdims=False)",
@@ -98,9 +100,14 @@ def test_the_public_names_are_these_and_there():
     assert all(hasattr(capsjax, name) for name in capsjax.__all__)
 
 
-def test_no_public_module_has_the_name_of_a_function():
-    modules = {module.name for module in pkgutil.iter_modules(capsjax.__path__)}
-    assert not modules & set(FUNCTIONS)
+@pytest.mark.parametrize("package", [capsjax, capsjax.data, capsjax.run, capsjax.viz])
+def test_no_public_module_has_the_name_of_a_function(package):
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    functions = {
+        name for name in package.__all__ if isinstance(getattr(package, name), FunctionType)
+    }
+    assert functions
+    assert not modules & functions
 
 
 @pytest.mark.parametrize("name", PUBLIC)

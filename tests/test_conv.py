@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from capsjax._conv import _patches, conv
 from capsjax._conv._matrices import POINTS, build_matrices
-from capsjax._conv._plan import plan_axes
+from capsjax._conv._tiling import plan_axes
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from capsjax import data
-from capsjax.data import _archive, _dataset
+from capsjax.data import _dataset, _shipped_mnist
 from data_files import IDX_FILES, digits, encode_idx, gzipped, write_folders, write_idx, write_npz
 
 
@@ -30,13 +30,13 @@ def test_a_refusal_is_a_value_error():
 @pytest.mark.parametrize("damage", [lambda c: c[:5000], lambda c: c[:-1] + b"!", lambda c: b""])
 def test_an_altered_or_truncated_archive_is_refused(tmp_path, monkeypatch, damage):
     path = tmp_path / "mnist.npz"
-    path.write_bytes(damage(_archive._ARCHIVE.read_bytes()))
-    monkeypatch.setattr(_archive, "_ARCHIVE", path)
+    path.write_bytes(damage(_shipped_mnist._ARCHIVE.read_bytes()))
+    monkeypatch.setattr(_shipped_mnist, "_ARCHIVE", path)
     assert_refused("mnist.npz", "sha256", "install capsjax again")
 
 
 def test_a_missing_archive_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(_archive, "_ARCHIVE", tmp_path / "mnist.npz")
+    monkeypatch.setattr(_shipped_mnist, "_ARCHIVE", tmp_path / "mnist.npz")
     assert_refused("mnist.npz", "cannot be read", "install capsjax again")
 
 

@@ -1,3 +1,5 @@
+"""Masks, perturbed capsules and the decoder."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,35 @@ def test_without_labels_the_longest_capsule_is_kept(v):
 def test_the_gradient_reaches_only_the_capsule_that_is_kept():
     gradient = jax.grad(lambda v: jnp.sum(capsjax.mask(v, 1)))(jnp.ones((J, D)))
     np.testing.assert_array_equal(gradient, [[0, 0], [1, 1], [0, 0]])
+
+
+@given(
+    hnp.arrays(np.float32, (J, D), elements=st.floats(-1, 1, width=32)),
+    hnp.arrays(np.float32, 4, elements=st.floats(-1, 1, width=32)),
+)
+@settings(max_examples=60)
+def test_perturb_moves_one_number_by_one_offset(v, offsets):
+    x = jax.jit(capsjax.perturb)(v, offsets)
+    assert_shape(x, (D, 4, J, D))
+    np.testing.assert_allclose(x, reference.perturb(float64(v), offsets), rtol=1e-6, atol=1e-7)
+
+
+def test_perturbed_capsules_keep_their_dtype(dtype):
+    assert capsjax.perturb(jnp.ones((J, D), dtype), np.linspace(-0.25, 0.25, 11)).dtype == dtype
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("v", "offsets", "message"),
+    [
+        ((2, J, D), (11,), r"capsules \[j, d\] and offsets \[n\], got \[2, 3, 2\] and \[11\]"),
+        ((J, D), (), r"got \[3, 2\] and \[\]"),
+    ],
+)
+def test_what_cannot_be_perturbed_is_an_error_in_words(v, offsets, message, jit):
+    call = jax.jit(capsjax.perturb) if jit else capsjax.perturb
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones(v), jnp.ones(offsets))
 
 
 def test_decode_equals_the_paper(layers, rng, lead, dtype, call):

@@ -1,3 +1,5 @@
+"""The margin loss, the reconstruction loss and their sum."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

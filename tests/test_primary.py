@@ -1,3 +1,7 @@
+"""Primary capsules: their values, their grouping, their number and their gradients."""
+
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +22,17 @@ def float64(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def layer(rng, size=3, depth=2, channels=8, dtype=jnp.float32):
-    """A kernel and a bias."""
+def draw_layer(rng, size=3, depth=2, channels=8, dtype=jnp.float32):
+    """Draws a kernel and a bias."""
     kernel = rng.normal(size=(size, size, depth, channels))
     return jnp.asarray(kernel, dtype), jnp.asarray(rng.normal(size=channels), dtype)
 
 
 def test_equals_the_paper(rng, lead, dtype, call):
-    kernel, bias = layer(rng, size=2, dtype=dtype)
+    kernel, bias = draw_layer(rng, size=2, dtype=dtype)
     x = jnp.asarray(rng.normal(size=(*lead, 5, 6, 2)), dtype)
 
-    groupings = [
+    groupings: list[dict[str, Any]] = [
         {"dim": 4, "coupling": 0.25, "grouping": grouping} for grouping in ("channels", "flat")
     ]
 
@@ -50,8 +54,8 @@ def values():
     return jnp.asarray(100 * rows + 10 * columns + channels + 1000, jnp.float32)
 
 
-def groups(x, grouping, dim):
-    """The values that each capsule is made of: a 1×1 convolution changes nothing."""
+def compute_groups(x, grouping, dim):
+    """Computes the values in each capsule by a 1×1 convolution that changes nothing."""
     kernel, bias = jnp.eye(x.shape[-1])[None, None], jnp.zeros(x.shape[-1])
     options = {"dim": dim, "strides": 1, "grouping": grouping}
     u = primary_capsules(x, kernel, bias, **options)
@@ -75,7 +79,7 @@ def test_a_capsule_is_neighbouring_channels_at_one_position(values):
         [1122, 1123],
     ]
     expected = np.array(expected) / np.array(expected)[:, :1]
-    np.testing.assert_allclose(groups(values, "channels", 2), expected, rtol=1e-6)
+    np.testing.assert_allclose(compute_groups(values, "channels", 2), expected, rtol=1e-6)
 
 
 def test_a_flat_capsule_is_neighbouring_values_of_channels_rows_columns(values):
@@ -88,7 +92,7 @@ def test_a_flat_capsule_is_neighbouring_values_of_channels_rows_columns(values):
         [1023, 1103, 1113, 1123],
     ]
     expected = np.array(expected) / np.array(expected)[:, :1]
-    np.testing.assert_allclose(groups(values, "flat", 4), expected, rtol=1e-6)
+    np.testing.assert_allclose(compute_groups(values, "flat", 4), expected, rtol=1e-6)
 
 
 def test_flat_groups_as_view_of_a_channels_first_array_does(rng):
@@ -100,7 +104,7 @@ def test_flat_groups_as_view_of_a_channels_first_array_does(rng):
 
 
 def test_flat_capsules_may_reach_over_channels_that_are_no_multiple_of_their_size(rng):
-    kernel, bias = layer(rng, size=1, channels=3)
+    kernel, bias = draw_layer(rng, size=1, channels=3)
     x = jnp.ones((2, 4, 2))
     assert_shape(primary_capsules(x, kernel, bias, dim=8, strides=1, grouping="flat"), (3, 8))
     with pytest.raises(ValueError, match="3 channels make no capsules of 8"):
@@ -117,7 +121,7 @@ def test_flat_capsules_may_reach_over_channels_that_are_no_multiple_of_their_siz
     ],
 )
 def test_any_size_gives_its_own_number_of_capsules(shape, size, strides, expected, rng):
-    kernel, bias = layer(rng, size)
+    kernel, bias = draw_layer(rng, size)
     u = primary_capsules(jnp.ones(shape), kernel, bias, dim=4, strides=strides)
     assert_shape(u, (expected, 4))
 
@@ -131,7 +135,7 @@ def test_any_size_gives_its_own_number_of_capsules(shape, size, strides, expecte
 @settings(max_examples=60)
 def test_equals_the_paper_for_any_size_and_stride(size, strides, grouping, seed):
     rng = np.random.default_rng(seed)
-    kernel, bias = layer(rng, size=2, depth=1, channels=4)
+    kernel, bias = draw_layer(rng, size=2, depth=1, channels=4)
     x = jnp.asarray(rng.normal(size=(*size, 1)), jnp.float32)
     options = {"dim": 2, "strides": strides, "grouping": grouping}
     u = primary_capsules(x, kernel, bias, **options)
@@ -140,13 +144,13 @@ def test_equals_the_paper_for_any_size_and_stride(size, strides, grouping, seed)
 
 
 def test_bfloat16_stays_bfloat16_with_parameters_in_float32(rng):
-    kernel, bias = layer(rng)
+    kernel, bias = draw_layer(rng)
     u = primary_capsules(jnp.ones((5, 5, 2), jnp.bfloat16), kernel, bias, dim=4)
     assert u.dtype == jnp.bfloat16
 
 
 def test_integer_pixels_are_computed_in_float32(rng):
-    kernel, bias = layer(rng)
+    kernel, bias = draw_layer(rng)
     x = jnp.arange(50).reshape(5, 5, 2)
     u = primary_capsules(x, kernel, bias, dim=4)
     expected = primary_capsules(x.astype(jnp.float32), kernel, bias, dim=4)
@@ -154,7 +158,7 @@ def test_integer_pixels_are_computed_in_float32(rng):
 
 
 def test_gradients_reach_images_kernel_and_bias_and_are_finite_at_zero(rng):
-    kernel, bias = layer(rng)
+    kernel, bias = draw_layer(rng)
 
     def total(x, kernel, bias):
         return jnp.sum(capsjax.primary_capsules(x, kernel, bias, dim=4))
@@ -170,15 +174,21 @@ def test_gradients_reach_images_kernel_and_bias_and_are_finite_at_zero(rng):
 @pytest.mark.parametrize(
     ("x", "kernel", "bias", "options", "message"),
     [
-        ((5, 5), (3, 3, 2, 8), (8,), {}, r"\[\.\.\., H, W, C\].*\(5, 5\)"),
-        ((5, 5, 3), (3, 3, 2, 8), (8,), {}, r"\(5, 5, 3\).*\(3, 3, 2, 8\)"),
-        ((5, 5, 2), (3, 3, 8), (8,), {}, r"\(3, 3, 8\)"),
+        ((5, 5), (3, 3, 2, 8), (8,), {}, r"\[\.\.\., H, W, C\].*\b5, 5\b"),
+        ((5, 5, 3), (3, 3, 2, 8), (8,), {}, r"2 channels.*\b3, 3, 2, 8\b.*got 3 .*\b5, 5, 3\b"),
+        ((5, 5, 2), (3, 3, 8), (8,), {}, r"got shape .3, 3, 8\b"),
         ((5, 2, 2), (3, 3, 2, 8), (8,), {}, "3x3.*5x2"),
         ((5, 5, 2), (3, 3, 2, 8), (4,), {}, r"bias of shape \[8\].*got \[4\]"),
         ((5, 5, 2), (3, 3, 2, 8), (8,), {"dim": 3}, "8 channels make no capsules of 3 numbers"),
         ((5, 5, 2), (3, 3, 2, 8), (8,), {"dim": 0}, "capsules of 0 numbers"),
         ((5, 5, 2), (3, 3, 2, 8), (8,), {"dim": 5, "grouping": "flat"}, "32 flat make no capsules"),
-        ((5, 5, 2), (3, 3, 2, 8), (8,), {"grouping": "rows"}, "one of .*channels.*flat.*rows"),
+        (
+            (5, 5, 2),
+            (3, 3, 2, 8),
+            (8,),
+            {"grouping": "row"},
+            "one of .*channels.*flat.*got 'row'",
+        ),
         ((5, 5, 2), (3, 3, 2, 8), (8,), {"strides": 0}, "strides.*0"),
     ],
 )

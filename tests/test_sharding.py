@@ -2,36 +2,37 @@
 
 import functools
 import re
-import socket
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tiny
-from capsjax import sharding, train
+from capsjax import sharding, tasks, train
 from capsjax.sharding import make_mesh, replicate, replicated, split
 
 KEY = jax.random.key(3)
-BATCHES = tiny.batches(20)
+BATCHES = tiny.draw_batches(20)
+LOSSES = ("margin", "reconstruction")
 
 
 @functools.cache
-def trained(devices: int):
-    """Twenty steps: the margin and reconstruction losses of each, and the state after five."""
+def train_twenty_steps(devices: int):
+    """Trains twenty steps: both losses of each, and the state after five."""
     mesh = make_mesh(tiny.BATCH, devices)
-    data = [replicate(mesh, array) for array in tiny.images()]
-    step, _ = tiny.steps(devices)
-    state = fifth = jax.device_put(tiny.state(), replicated(mesh))
+    data = [replicate(mesh, array) for array in tiny.make_images()]
+    step, _ = tiny.jit_steps(devices)
+    state = fifth = jax.device_put(tiny.make_state(), replicated(mesh))
     losses = []
     for number, batch in enumerate(BATCHES, 1):
-        state, report = step(state, KEY, *data, batch)
+        state, diagnostics = step(state, KEY, *data, batch)
         # Waits: many steps in flight on a mesh of CPU devices abort the process.
-        losses.append([float(value) for value in report.metrics[:2]])
+        losses.append([float(diagnostics.sums.losses[name]) for name in LOSSES])
         if number == 5:
             fifth = jax.tree.map(jnp.copy, state)
     return np.array(losses) / tiny.BATCH, fifth
@@ -43,25 +44,25 @@ def flat(tree) -> np.ndarray:
 
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_losses_and_parameters_are_those_of_one_device(devices):
-    losses, state = trained(devices)
-    expected, alone = trained(1)
+    losses, state = train_twenty_steps(devices)
+    expected, alone = train_twenty_steps(1)
     np.testing.assert_allclose(losses, expected, atol=1e-4)
-    params, start = flat(alone.params), flat(tiny.state().params)
+    params, start = flat(alone.params), flat(tiny.make_state().params)
     assert np.linalg.norm(flat(state.params) - params) < 1e-5 * np.linalg.norm(params)
     assert np.linalg.norm(params - start) > 1e-2 * np.linalg.norm(params)
 
 
 def test_eight_devices_evaluate_as_one_does():
-    params, results = jax.device_get(trained(1)[1].params), []
+    state, results = jax.device_get(train_twenty_steps(1)[1]), []
     for devices in (1, 8):
         mesh = make_mesh(tiny.BATCH, devices)
-        data = [replicate(mesh, array) for array in tiny.images()]
-        placed, counts = jax.device_put(params, replicated(mesh)), np.arange(tiny.BATCH) < 11
-        results.append(tiny.steps(devices)[1](placed, *data, BATCHES[0], counts))
-    (alone, classes), (together, same) = jax.device_get(results)
-    np.testing.assert_array_equal(same, classes)
+        data = [replicate(mesh, array) for array in tiny.make_images()]
+        placed, counted = jax.device_put(state, replicated(mesh)), np.arange(tiny.BATCH) < 11
+        results.append(tiny.jit_steps(devices)[1](placed, *data, BATCHES[0], counted))
+    (alone, predicted), (together, same) = jax.device_get(results)
+    np.testing.assert_array_equal(same, predicted)
     assert together.examples == 11
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    chex.assert_trees_all_close(together, alone, rtol=1e-5)
 
 
 def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
@@ -74,18 +75,18 @@ def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
             jax.debug.inspect_array_sharding(result, callback=note)
             return result
 
-        monkeypatch.setattr(train, name, inspected)
+        monkeypatch.setattr(tasks, name, inspected)
 
-    for name in ("shift", "pixels_to_unit", "margin_loss", "reconstruction_loss"):
-        inspect(name, getattr(train, name))
+    for name in ("shift", "to_unit_interval", "margin_loss", "reconstruction_loss"):
+        inspect(name, getattr(tasks, name))
     mesh = make_mesh(tiny.BATCH, 8)
-    steps: Any = train.jit_steps(tiny.RECIPE, mesh)
-    data = [replicate(mesh, array) for array in tiny.images()]
-    state = jax.device_put(tiny.state(), replicated(mesh))
+    steps: Any = train.jit_steps(tiny.SETUP, mesh)
+    data = [replicate(mesh, array) for array in tiny.make_images()]
+    state = jax.device_put(tiny.make_state(), replicated(mesh))
     compiled = steps[0].lower(state, KEY, *data, BATCHES[0]).compile()
     assert seen == {
         "shift": (2, *tiny.IMAGE),
-        "pixels_to_unit": (2, *tiny.IMAGE),
+        "to_unit_interval": (2, *tiny.IMAGE),
         "margin_loss": (2,),
         "reconstruction_loss": (2,),
     }
@@ -102,7 +103,7 @@ def test_indices_are_split_and_the_state_is_whole_on_every_device():
     shards = sorted(indices.addressable_shards, key=lambda shard: shard.index)
     np.testing.assert_array_equal([shard.data for shard in shards], BATCHES[0].reshape(8, 2))
     assert len({shard.device for shard in shards}) == 8
-    _, state = trained(8)
+    _, state = train_twenty_steps(8)
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.is_fully_replicated
         assert len(leaf.addressable_shards) == 8
@@ -139,38 +140,6 @@ def test_processes_that_train_together_use_all_their_devices(monkeypatch):
         make_mesh(16, 4)
 
 
-def test_a_process_that_nobody_waits_for_says_so(monkeypatch):
-    monkeypatch.setattr(sharding, "_PATIENCE", 0.3)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"process 0 could not be reached at {coordinator}"):
-            sharding.connect(coordinator, 2, 1)
-
-
-def test_a_coordinators_port_that_is_taken_is_refused():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        coordinator = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"another process listens at {coordinator} already"):
-            sharding.connect(coordinator, 2, 0)
-
-
-def test_a_launcher_that_says_too_little_is_an_error_in_words(monkeypatch):
-    fail = mock.Mock(side_effect=RuntimeError("Open MPI 5 requires mpi4py\n"))
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(ValueError, match=r"the launcher .* give coordinator.*requires mpi4py\)$"):
-        sharding.connect()
-
-
-def test_processes_agree_or_end():
-    sharding.agree("seeds", 2**32 - 1)
-    together = mock.patch.object(
-        sharding.multihost_utils, "process_allgather", lambda value: np.array([value, value + 1])
-    )
-    with together, pytest.raises(ValueError, match=r"2 processes have different seeds: \[3, 4\]"):
-        sharding.agree("seeds", 3)
-
-
 @pytest.mark.parametrize("devices", [1, 2, 4, 5])
 def test_fewer_devices_may_be_asked_for(devices):
     assert make_mesh(100, devices).size == devices
@@ -204,14 +173,14 @@ def test_replicate_puts_the_whole_array_on_every_device(rng):
 
 @pytest.mark.parametrize(("devices", "size"), [(1, r"4\.5 GiB"), (8, r"36\.0 GiB")])
 def test_images_larger_than_the_memory_are_refused_with_both_sizes(monkeypatch, devices, size):
-    monkeypatch.setattr(sharding, "_memory", lambda device: 3 * 2**30)
+    monkeypatch.setattr(sharding, "_find_memory", lambda device: 3 * 2**30)
     images = np.broadcast_to(np.uint8(0), (4608, 1024, 1024, 1))  # takes one byte
     with pytest.raises(ValueError, match=f"{size} and cpu has 3.0 GiB.*--train-size"):
         replicate(make_mesh(8, devices), images)
 
 
 def test_images_that_just_fit_are_not_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "_memory", lambda device: 8 * 100)
+    monkeypatch.setattr(sharding, "_find_memory", lambda device: 8 * 100)
     mesh = make_mesh(8, 8)
     assert replicate(mesh, np.zeros((10, 10), np.uint8)).shape == (10, 10)
     with pytest.raises(ValueError, match="GiB"):
@@ -231,4 +200,4 @@ def test_other_devices_than_cpus_hold_one_copy_each_in_memory_of_their_own(monke
 
 
 def test_the_memory_of_a_cpu_is_the_hosts():
-    assert 2**30 < sharding._memory(jax.devices()[0]) < 2**50
+    assert 2**30 < sharding._find_memory(jax.devices()[0]) < 2**50

@@ -1,3 +1,5 @@
+"""Length and squash: values and gradients at any length."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.test_util import check_grads
 import capsjax
 import reference
 
-# For the many examples: compiled once a shape.
+# Compiled once a shape, because there are many examples.
 squash = jax.jit(capsjax.squash)
 GRADIENTS = {
     function: (jax.jit(jax.jacrev(function)), jax.jit(jax.jacfwd(function)))
@@ -22,8 +24,8 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8}  # a few ulp; one rounding of t
 LENGTHS = [0.0, 1e-30, 1e-20, 1e-10, 1e-3, 0.5, 1.0, 30.0, 1e4, 1e9, 1e10, 1e14, 1e18]
 
 
-def vectors(max_length: float = 1e18):
-    """Vectors of up to 4 numbers and `max_length` long, alone or in batches."""
+def draw_vectors(max_length: float = 1e18):
+    """Draws vectors of up to 4 numbers and `max_length` long, alone or in batches."""
     shapes = st.sampled_from([(1,), (4,), (3, 2), (2, 1, 3)])  # few: each is compiled
     largest = float(np.float32(max_length / 2))
     return hnp.arrays(np.float32, shapes, elements=st.floats(-largest, largest, width=32))
@@ -33,8 +35,8 @@ def float64(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def a_vector(length: float, dtype) -> jax.Array:
-    """A vector of four numbers, about as long as `length`."""
+def make_vector(length: float, dtype) -> jax.Array:
+    """Makes a vector of four numbers, about as long as `length`."""
     return jnp.asarray(length * np.array([0.5, -0.7, 0.1, 0.5]), dtype)
 
 
@@ -80,7 +82,7 @@ def test_integers_give_float32():
     assert capsjax.length(jnp.array([3, 4])).dtype == jnp.float32
 
 
-@given(vectors())
+@given(draw_vectors())
 @settings(max_examples=200)
 def test_squashed_vectors_are_no_longer_than_one(s):
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -88,14 +90,14 @@ def test_squashed_vectors_are_no_longer_than_one(s):
         assert reference.length(float64(v)).max() <= 1 + float(jnp.finfo(dtype).eps)
 
 
-@given(vectors())
+@given(draw_vectors())
 @settings(max_examples=200)
 def test_squash_equals_the_paper_at_any_value(s):
     expected = reference.squash(float64(s))
     np.testing.assert_allclose(squash(s), expected, rtol=2e-6, atol=1e-18)
 
 
-@given(vectors(max_length=1e6))
+@given(draw_vectors(max_length=1e6))
 @settings(max_examples=150)
 def test_squash_keeps_the_direction(s):
     s = np.where(np.abs(s) < 1e-6, 0, s).astype(np.float32)
@@ -104,7 +106,7 @@ def test_squash_keeps_the_direction(s):
     np.testing.assert_allclose(v * reference.length(float64(s))[..., None], along, rtol=2e-6)
 
 
-@given(vectors(), st.integers(0, 2))
+@given(draw_vectors(), st.integers(0, 2))
 @settings(max_examples=100)
 def test_length_equals_the_paper_at_any_value(x, axis):
     axis = axis % x.ndim
@@ -116,7 +118,7 @@ def test_length_equals_the_paper_at_any_value(x, axis):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("function", [capsjax.length, capsjax.squash])
 def test_value_and_gradient_are_finite_at_every_length(function, length, dtype):
-    s = a_vector(length, dtype)
+    s = make_vector(length, dtype)
     assert np.isfinite(float64(function(s))).all()
     for gradient in GRADIENTS[function]:
         assert np.isfinite(float64(gradient(s))).all()
@@ -130,7 +132,7 @@ def test_the_gradient_at_zero_is_zero(dtype):
 
 @pytest.mark.parametrize("length", [value for value in LENGTHS if value >= 1e-10])
 def test_the_gradient_of_squash_is_the_jacobian(length, dtype):
-    s = a_vector(length, dtype)
+    s = make_vector(length, dtype)
     expected = reference.squash_jacobian(float64(s))
     tolerance = {"float32": 2e-6, "bfloat16": 2**-7}[dtype.__name__] * np.abs(expected).max()
     for gradient in GRADIENTS[capsjax.squash]:
@@ -140,7 +142,7 @@ def test_the_gradient_of_squash_is_the_jacobian(length, dtype):
 
 @pytest.mark.parametrize("length", [value for value in LENGTHS if value >= 1e-10])
 def test_the_gradient_of_length_is_the_direction(length, dtype):
-    x = a_vector(length, dtype)
+    x = make_vector(length, dtype)
     expected = float64(x) / reference.length(float64(x))
     for gradient in GRADIENTS[capsjax.length]:
         rtol = 2 * TOLERANCE[dtype.__name__]

@@ -1,10 +1,8 @@
-"""One network in one file, weights of PyTorch, exported functions."""
+"""One network in one file: what `save` writes, `load` and `describe` read."""
 
+import dataclasses
 import json
-import os
-import pickle
-import subprocess
-import sys
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,41 +10,51 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import capsjax
-import reference
 import tiny
-from capsjax import weights
+from capsjax import Agreement, weights
+from capsjax.networks import CapsNetConfig
 from capsjax.weights import WeightsError
 
-FLAT = {"kernel_size": 3, "channels": 4, "types": 2, "dim_primary": 4, "hidden": (6, 5)}
+IMAGE = (8, 10, 3)
+SIZES: dict[str, Any] = {
+    "kernel_size": 3,
+    "channels": 4,
+    "types": 2,
+    "dim_primary": 4,
+    "hidden": (6, 5),
+}
 
 
-def network(image=(8, 10, 3), classes=3, **architecture):
-    """A small one, drawn by NumPy."""
-    options = {**FLAT, **architecture}
-    abstract = nnx.eval_shape(
-        lambda: capsjax.nn.CapsNet(image, classes, **options, rngs=nnx.Rngs(0))
+def make_network(image_shape=IMAGE, num_classes=3, **sizes):
+    """Makes a small CapsNet."""
+    config = CapsNetConfig(**{**SIZES, **sizes})
+    return tiny.draw_arrays(
+        lambda: config.build(image_shape, num_classes, rngs=nnx.Rngs(0)), scale=0.3
     )
-    graphdef, shapes = nnx.split(abstract)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes)
-    return nnx.merge(graphdef, jax.device_put(params))
 
 
-def outputs(model, number=2):
-    images = np.random.default_rng(1).random((number, *model.image_shape)).astype(np.float32)
+def predict(model):
+    """Predicts two random images: the images and the prediction."""
+    images = np.random.default_rng(1).random((2, *model.image_shape)).astype(np.float32)
     return images, capsjax.predict(model, images)
 
 
-ARCHITECTURES = {
+def assert_same_network(ours, theirs) -> None:
+    """Asserts that two networks have one graph and give the same bits."""
+    assert nnx.split(ours)[0] == nnx.split(theirs)[0]
+    images, expected = predict(theirs)
+    for one, other in zip(capsjax.predict(ours, images), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
     "as tiny": {},
     "paper": {
-        "routings": 2,
         "primary_coupling": 0.5,
-        "routing_bias": True,
-        "stop_gradient": False,
+        "routing": Agreement(2, bias=True, stop_gradient=False),
         "init": "truncated_normal",
     },
     "flat, deep": {"grouping": "flat", "hidden": (7, 6, 5)},
@@ -54,51 +62,184 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_alone_rebuilds_the_network_to_the_bit(tmp_path, name):
-    model = network(**ARCHITECTURES[name])
+    model = make_network(**NETWORKS[name])
     weights.save(model, tmp_path / "net.safetensors")
-    again = weights.load(tmp_path / "net.safetensors")
-    assert nnx.split(again)[0] == nnx.split(model)[0]
-    images, expected = outputs(model)
-    for ours, theirs in zip(capsjax.predict(again, images), expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_network(weights.load(tmp_path / "net.safetensors"), model)
     assert [path.name for path in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+def read_entry(path):
+    with safe_open(path, "numpy") as file:
+        assert list(file.metadata()) == ["capsjax"]
+        return json.loads(file.metadata()["capsjax"])
+
+
 @pytest.mark.parametrize("preset", ["seed", "paper"])
-def test_the_file_says_which_preset_it_is_of(tmp_path, preset):
-    net = network((17, 17, 1), 2, **vars(capsjax.presets.PRESETS[preset].model))
-    weights.save(net, tmp_path / "net.safetensors")
-    with safe_open(tmp_path / "net.safetensors", "numpy") as file:
-        about = json.loads(file.metadata()["capsjax"])
-    assert about["preset"] == preset
-    assert about["architecture"]["image_shape"] == [17, 17, 1]
+def test_the_metadata_hold_name_config_image_shape_class_count_and_notes(tmp_path, preset):
+    config: Any = capsjax.presets.PRESETS[preset].network
+    config = dataclasses.replace(config, **SIZES)
+    net = tiny.draw_arrays(lambda: config.build((17, 18, 1), 2, rngs=nnx.Rngs(0)))
+    notes = {"preset": preset, "test error": 0.25, "files": ["ü", None]}
+    weights.save(net, tmp_path / "net.safetensors", notes)
+    entry = read_entry(tmp_path / "net.safetensors")
+    assert isinstance(entry.pop("crc32"), int)
+    of_paper = preset == "paper"
+    routing = {"iterations": 3, "bias": of_paper, "stop_gradient": not of_paper}
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    assert entry == {
+        "version": 2,
+        "network": {
+            "name": "capsnet",
+            **sizes,
+            "hidden": [6, 5],
+            "routing": {"name": "agreement", **routing},
+        },
+        "image_shape": [17, 18, 1],
+        "num_classes": 2,
+        "notes": notes,
+    }
 
 
-def test_a_network_of_no_preset_says_so(tmp_path):
-    weights.save(network(), tmp_path / "net.safetensors")
-    with safe_open(tmp_path / "net.safetensors", "numpy") as file:
-        assert json.loads(file.metadata()["capsjax"])["preset"] is None
+def test_the_description_of_a_file_is_what_save_was_given(tmp_path):
+    model, notes = make_network(types=3), {"preset": "seed", "error": 0.01}
+    weights.save(model, tmp_path / "net.safetensors", notes)
+    assert weights.describe(tmp_path / "net.safetensors") == (model.config, IMAGE, 3, notes)
+    weights.save(model, tmp_path / "net.safetensors")
+    about = weights.describe(tmp_path / "net.safetensors")
+    assert about is not None
+    assert about.notes == {}
 
 
 def test_the_same_network_makes_the_same_file(tmp_path):
     for name in ("a", "b"):
-        weights.save(network(), tmp_path / name)
+        weights.save(make_network(), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_file_of_another_version_says_so(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "_VERSION", 2)
-        weights.save(network(), tmp_path / "net.safetensors")
-    with pytest.raises(WeightsError, match="of version 2, this capsjax reads version 1"):
+def rewrite(path, **changes) -> None:
+    """Changes entries of a file, or removes them by None, with a checksum that fits."""
+    arrays = load_file(path)
+    about = {**read_entry(path), **changes, "crc32": None}
+    about = {name: value for name, value in about.items() if value is not None}
+    entry = json.dumps({**about, "crc32": weights._digest(arrays, about)})
+    save_file(arrays, path, {"capsjax": entry})
+
+
+def test_a_file_of_a_later_version_says_that_capsjax_is_to_be_updated(tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights.save(make_network(), path)
+    rewrite(path, version=3)
+    message = "is of version 3, this capsjax reads version 2: update capsjax"
+    with pytest.raises(WeightsError, match=message):
+        weights.load(path)
+
+
+def test_a_file_of_version_1_says_that_it_is_to_be_written_again(tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights.save(make_network(), path)
+    architecture = {"image_shape": [8, 10, 3], "classes": 3, "routings": 3, "channels": 4}
+    changes = dict.fromkeys(("network", "image_shape", "num_classes", "notes"))
+    rewrite(path, version=1, preset="seed", architecture=architecture, **changes)
+    assert read_entry(path).keys() == {"version", "preset", "architecture", "crc32"}
+    message = r"net\.safetensors is of version 1, this capsjax reads version 2: write it again"
+    with pytest.raises(WeightsError, match=message):
+        weights.load(path)
+    assert weights.describe(path) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledRouting:
+    """A routing of one's own: the scaled sum of the votes, weighted by a bias [j, i]."""
+
+    name: ClassVar[str] = "scaled"
+    scale: float = 1.0
+    exponents: tuple[tuple[int, int], ...] = ((1, 2),)
+
+    def bias_shape(self, j, i, d):
+        return (j, i)
+
+    def __call__(self, u, weight, bias=None):
+        u_hat = capsjax.predictions(u, weight)
+        return capsjax.squash(self.scale * jnp.einsum("...jid,ji->...jd", u_hat, bias))
+
+
+def test_a_routing_of_ones_own_is_read_by_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    model = make_network(routing=ScaledRouting(2.5, ((3, 4), (5, 6))))
+    weights.save(model, path)
+    with pytest.raises(WeightsError, match=r"expected one of agreement, got 'scaled'"):
+        weights.load(path)
+    assert weights.describe(path) is None
+    monkeypatch.setitem(capsjax.ROUTINGS, "scaled", ScaledRouting)
+    assert_same_network(weights.load(path), model)
+    about: Any = weights.describe(path)
+    assert about.config.routing == ScaledRouting(2.5, ((3, 4), (5, 6)))
+
+
+def test_a_network_of_ones_own_is_read_by_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    weights.save(tiny.make_normalised(), path)
+    with pytest.raises(WeightsError, match=r"net\.safetensors holds .* got 'normalised'; import"):
+        weights.load(path)
+    monkeypatch.setitem(capsjax.NETWORKS, "normalised", tiny.NormalisedConfig)
+    assert_same_network(weights.load(path), tiny.make_normalised())
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterConfig(CapsNetConfig):
+    """The config of a later version, with a field that this one does not have."""
+
+    leak: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterAgreement(Agreement):
+    """The routing of a later version."""
+
+    leak: bool = False
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LaterConfig(**SIZES), "capsnet has other fields: .*'leak'"),
+        (CapsNetConfig(**SIZES, routing=LaterAgreement()), "agreement has other fields: .*'leak'"),
+    ],
+    ids=["config", "routing"],
+)
+def test_a_field_that_is_not_known_is_an_error_in_words(tmp_path, config, message):
+    model = tiny.draw_arrays(lambda: config.build(IMAGE, 3, rngs=nnx.Rngs(0)))
+    weights.save(model, tmp_path / "net.safetensors")
+    with pytest.raises(WeightsError, match=rf"net\.safetensors holds a network .*{message}"):
         weights.load(tmp_path / "net.safetensors")
+
+
+def test_a_config_out_of_range_is_an_error_in_words(tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights.save(make_network(), path)
+    rewrite(path, network={**read_entry(path)["network"], "types": 0})
+    with pytest.raises(WeightsError, match="sizes are 1 or more"):
+        weights.load(path)
+    weights.save(make_network(), path)
+    rewrite(path, image_shape=[4, 4, 3])
+    with pytest.raises(WeightsError, match=r"no network has these sizes: .*at least 5×5"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize("name", ["network", "image_shape", "num_classes", "notes"])
+def test_a_file_without_one_of_the_entries_is_an_error_in_words(tmp_path, name):
+    path = tmp_path / "net.safetensors"
+    weights.save(make_network(), path)
+    rewrite(path, **{name: None})
+    with pytest.raises(WeightsError, match=rf"net\.safetensors holds a network .*'{name}'"):
+        weights.load(path)
 
 
 def test_any_flipped_bit_is_found(tmp_path):
     path = tmp_path / "net.safetensors"
-    weights.save(network(), path)
+    weights.save(make_network(), path, {"preset": "seed"})
     content, rng = path.read_bytes(), np.random.default_rng(0)
     for position in [*rng.permutation(len(content))[:60], 0, 8, 40, len(content) - 1]:
         altered = bytearray(content)
@@ -109,9 +250,9 @@ def test_any_flipped_bit_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
-def test_a_file_cut_short_is_found(tmp_path, length):
+def test_a_truncated_file_is_found(tmp_path, length):
     path = tmp_path / "net.safetensors"
-    weights.save(network(), path)
+    weights.save(make_network(), path)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(WeightsError, match="is no safetensors file, or damaged"):
         weights.load(path)
@@ -119,7 +260,7 @@ def test_a_file_cut_short_is_found(tmp_path, length):
 
 def test_another_dtype_in_the_header_is_found(tmp_path):
     path = tmp_path / "net.safetensors"
-    weights.save(network(), path)
+    weights.save(make_network(), path)
     path.write_bytes(path.read_bytes().replace(b"F32", b"I32", 1))
     with pytest.raises(WeightsError, match="was altered"):
         weights.load(path)
@@ -128,14 +269,14 @@ def test_another_dtype_in_the_header_is_found(tmp_path):
 def test_a_file_that_cannot_be_written_is_an_os_error_and_leaves_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        weights.save(network(), tmp_path / "folder")
+        weights.save(make_network(), tmp_path / "folder")
     with pytest.raises(OSError, match="none"):
-        weights.save(network(), tmp_path / "none" / "net.safetensors")
+        weights.save(make_network(), tmp_path / "none" / "net.safetensors")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_a_bfloat16_network_is_saved_in_float32(tmp_path):
-    graphdef, params = nnx.split(network())
+    graphdef, params = nnx.split(make_network())
     low = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
     weights.save(low, tmp_path / "net.safetensors")
     for ours, theirs in zip(
@@ -147,7 +288,7 @@ def test_a_bfloat16_network_is_saved_in_float32(tmp_path):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.float32))
 
 
-def test_a_foreign_safetensors_file_is_refused(tmp_path):
+def test_a_safetensors_file_of_another_origin_is_refused(tmp_path):
     save_file({"weight": np.zeros(3)}, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError, match="was not written by capsjax"):
         weights.load(tmp_path / "net.safetensors")
@@ -155,226 +296,28 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
 
 
 def test_iterations_of_routing_may_differ_from_the_files(tmp_path):
-    weights.save(network(routings=2), tmp_path / "net.safetensors")
-    assert weights.describe(tmp_path / "net.safetensors") == (None, 2)
+    path = tmp_path / "net.safetensors"
+    model = make_network(routing=Agreement(2, bias=True, stop_gradient=False))
+    weights.save(model, path)
     for asked, expected in ((None, 2), (5, 5)):
-        model = weights.load(tmp_path / "net.safetensors", routings=asked)
-        assert model.classes.routings == expected
+        loaded: Any = weights.load(path, routings=asked)
+        assert loaded.class_caps.routing == Agreement(expected, bias=True, stop_gradient=False)
+    with pytest.raises(ValueError, match="int of 1 or more, got 0"):
+        weights.load(path, routings=0)
+
+
+@pytest.mark.parametrize("network", ["without routing", "with another routing"])
+def test_iterations_of_a_network_that_has_none_are_refused(tmp_path, monkeypatch, network):
+    path = tmp_path / "net.safetensors"
+    monkeypatch.setitem(capsjax.NETWORKS, "normalised", tiny.NormalisedConfig)
+    monkeypatch.setitem(capsjax.ROUTINGS, "scaled", ScaledRouting)
+    without = network == "without routing"
+    weights.save(tiny.make_normalised() if without else make_network(routing=ScaledRouting()), path)
+    with pytest.raises(ValueError, match=r"--routings 5: the (network|routing) .* has no field"):
+        weights.load(path, routings=5)
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="none"):
         weights.load(tmp_path / "none.safetensors")
-
-
-def state_dict(image=(8, 10, 3), classes=3, prefix=""):
-    """Weights as XifengGuo/CapsNet-Pytorch's modules hold them."""
-    height, width, depth = image
-    rng = np.random.default_rng(0)
-    inputs = ((height - 2 - 3) // 2 + 1) * ((width - 2 - 3) // 2 + 1) * 2
-    shapes = {
-        "conv1.weight": (4, depth, 3, 3),
-        "conv1.bias": (4,),
-        "primarycaps.conv2d.weight": (8, 4, 3, 3),
-        "primarycaps.conv2d.bias": (8,),
-        "digitcaps.weight": (classes, inputs, 16, 4),
-        "decoder.0.weight": (6, 16 * classes),
-        "decoder.0.bias": (6,),
-        "decoder.2.weight": (5, 6),
-        "decoder.2.bias": (5,),
-        "decoder.4.weight": (height * width * depth, 5),
-        "decoder.4.bias": (height * width * depth,),
-    }
-    return {prefix + n: rng.normal(0, 0.3, s).astype(np.float32) for n, s in shapes.items()}
-
-
-def seeds_network(weights, x, routings):
-    """What the PyTorch code computes of x [C, H, W]: lengths [j] and pixels [C, H, W]."""
-    kernels = [
-        weights[f"{n}.weight"].transpose(2, 3, 1, 0) for n in ("conv1", "primarycaps.conv2d")
-    ]
-    h = np.maximum(reference.conv(x.transpose(1, 2, 0), kernels[0], 1) + weights["conv1.bias"], 0)
-    s = reference.conv(h, kernels[1], 2) + weights["primarycaps.conv2d.bias"]
-    u = reference.squash(s.transpose(2, 0, 1).reshape(-1, 4))  # .view(batch, -1, 8) there
-    u_hat = reference.predictions(u, weights["digitcaps.weight"])
-    _, _, v = reference.routing_state(u_hat, routings)
-    lengths = np.sqrt((v**2).sum(-1))
-    layers = [(weights[f"decoder.{n}.weight"].T, weights[f"decoder.{n}.bias"]) for n in (0, 2, 4)]
-    kept = np.where(np.arange(len(v))[:, None] == lengths.argmax(), v, 0)
-    return lengths, reference.decode(layers, kept.ravel()).reshape(x.shape)
-
-
-@pytest.mark.parametrize("image", [(8, 10, 3), (9, 9, 1)], ids=str)
-def test_weights_of_pytorch_give_its_outputs(image):
-    theirs = state_dict(image)
-    shape = None if image[0] == image[1] else image
-    model = weights.from_torch(theirs, image_shape=shape, routings=2)
-    images, actual = outputs(model)
-    for n, x in enumerate(images):
-        lengths, pixels = seeds_network(theirs, x.transpose(2, 0, 1), 2)
-        np.testing.assert_allclose(actual.lengths[n], lengths, rtol=1e-5, atol=1e-6)
-        drawn = pixels.transpose(1, 2, 0)
-        np.testing.assert_allclose(actual.reconstruction[n], drawn, rtol=1e-5, atol=1e-6)
-
-
-def test_weights_go_to_pytorch_and_back_to_the_bit():
-    theirs = state_dict()
-    model = weights.from_torch(theirs, image_shape=(8, 10, 3))
-    back = weights.to_torch(model)
-    assert list(back) == list(theirs)
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(back[name], array)
-
-
-def test_names_of_a_network_that_trained_on_several_gpus_are_taken():
-    model = weights.from_torch(state_dict(prefix="module."), image_shape=(8, 10, 3))
-    assert model.image_shape == (8, 10, 3)
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="needs PyTorch, the extra torch")
-
-
-def test_a_tensor_of_pytorch_is_taken(torch):
-    theirs = {n: torch.from_numpy(a).requires_grad_() for n, a in state_dict().items()}
-    back = weights.to_torch(weights.from_torch(theirs, image_shape=(8, 10, 3)))
-    np.testing.assert_array_equal(back["conv1.bias"], theirs["conv1.bias"].detach())
-
-
-@pytest.mark.parametrize("file", ["net.safetensors", "net.pt", "net.pth", "net.pkl"])
-def test_a_file_of_pytorch_is_read(tmp_path, request, file):
-    theirs = state_dict((9, 9, 1))
-    if file.endswith("safetensors"):
-        save_file(theirs, tmp_path / file)
-    else:
-        torch = request.getfixturevalue("torch")
-        torch.save({n: torch.from_numpy(a) for n, a in theirs.items()}, tmp_path / file)
-    model, expected = weights.load(tmp_path / file), weights.from_torch(theirs)
-    assert model.classes.routings == 3
-    for ours, their in zip(outputs(model)[1], outputs(expected)[1], strict=True):
-        np.testing.assert_array_equal(ours, their)
-    assert weights.describe(tmp_path / file) is None
-
-
-def test_a_file_of_pytorch_does_not_say_that_its_images_are_no_squares(tmp_path):
-    save_file(state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(WeightsError, match="give image_shape"):
-        weights.load(tmp_path / "net.safetensors")
-    model = weights.load(tmp_path / "net.safetensors", image_shape=(8, 10, 3), routings=2)
-    assert (model.image_shape, model.classes.routings) == ((8, 10, 3), 2)
-
-
-class Hostile:
-    """Unpickled by Python, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("saved_by", ["pickle", "torch"])
-def test_a_hostile_pickle_runs_nothing(tmp_path, torch, saved_by):
-    trap = Hostile(tmp_path / "trapped")
-    pickle.loads(pickle.dumps(trap))
-    (tmp_path / "trapped").unlink()  # it does work
-    content = {n: torch.from_numpy(a) for n, a in state_dict().items()} | {"conv1.bias": trap}
-    if saved_by == "torch":
-        torch.save(content, tmp_path / "net.pkl")
-    else:
-        (tmp_path / "net.pkl").write_bytes(pickle.dumps(trap))
-    with pytest.raises(WeightsError, match=r"net\.pkl is refused: .* more than weights"):
-        weights.load(tmp_path / "net.pkl")
-    assert not (tmp_path / "trapped").exists()
-
-
-@pytest.mark.parametrize("content", ["cut short", "empty", "a list", "text"])
-def test_a_pickle_without_sound_weights_is_refused_in_words(tmp_path, torch, content):
-    path = tmp_path / "net.pt"
-    torch.save({n: torch.from_numpy(a) for n, a in state_dict().items()}, path)
-    if content == "a list":
-        torch.save([torch.zeros(3)], path)
-    else:
-        part = {"cut short": path.read_bytes()[:-100], "empty": b"", "text": b"no pickle"}
-        path.write_bytes(part[content])
-    with pytest.raises(WeightsError, match=r"net\.pt is refused"):
-        weights.load(path)
-
-
-def test_without_pytorch_a_pickle_is_not_read_and_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    trap = Hostile(tmp_path / "trapped")
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps(trap))
-    with pytest.raises(WeightsError, match=r"pip install 'capsjax\[torch\]'"):
-        weights.load(tmp_path / "net.pkl")
-    assert not (tmp_path / "trapped").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "shape", "words"),
-    [
-        ({"conv1.bias": None}, (8, 10, 3), "missing: .'conv1.bias'"),
-        ({"extra": np.zeros(1)}, (8, 10, 3), "left over: .'extra'"),
-        ({"conv1.weight": np.zeros((4, 3, 3))}, (8, 10, 3), "conv1.weight with 4 axes"),
-        ({"conv1.bias": np.zeros(5)}, (8, 10, 3), "conv1.bias is .4. here and .5. there"),
-        ({}, (8, 8, 3), "no image of"),
-        ({}, None, "give image_shape"),
-        ({}, (8, 30), "give image_shape"),
-        ({}, (1, 80, 3), "no network has this architecture"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(change, shape, words):
-    theirs = {n: a for n, a in {**state_dict(), **change}.items() if a is not None}
-    with pytest.raises(WeightsError, match=words):
-        weights.from_torch(theirs, image_shape=shape)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "words"),
-    [
-        ({}, "only grouping='flat'"),
-        ({"grouping": "flat", "routing_bias": True}, "only routing_bias=False"),
-        ({"grouping": "flat", "primary_coupling": 0.5}, "only primary_coupling=1.0"),
-        ({"grouping": "flat", "stop_gradient": False}, "only stop_gradient=True"),
-        ({"grouping": "flat", "hidden": (5,)}, "2 hidden layers"),
-    ],
-)
-def test_a_network_that_pytorch_has_no_place_for_is_refused(architecture, words):
-    with pytest.raises(WeightsError, match=words):
-        weights.to_torch(network(**architecture))
-
-
-PROGRAM = """
-import sys
-import jax, numpy as np
-function = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
-images = np.load(sys.argv[2])
-results = function.call(images)
-assert not [name for name in sys.modules if name.startswith(("capsjax", "flax"))]
-np.savez(sys.argv[3], *results)
-print(function.platforms)
-"""
-
-
-def test_an_exported_network_runs_without_capsjax_on_any_number_of_images(tmp_path):
-    model = tiny.model()
-    weights.export(model, tmp_path / "net.jax")
-    for number in (1, 5):
-        images, expected = outputs(model, number)
-        np.save(tmp_path / "images.npy", images)
-        paths = [str(tmp_path / name) for name in ("net.jax", "images.npy", "results.npz")]
-        command = [sys.executable, "-c", PROGRAM, *paths]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout == "('cpu', 'cuda', 'tpu')\n"
-        with np.load(tmp_path / "results.npz") as results:
-            for ours, theirs in zip(results.values(), expected, strict=True):
-                np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-def test_an_export_is_for_the_platforms_that_are_asked_for(tmp_path):
-    weights.export(tiny.model(), tmp_path / "net.jax", platforms=("cpu",))
-    function = jax.export.deserialize(bytearray((tmp_path / "net.jax").read_bytes()))
-    assert function.platforms == ("cpu",)
-    assert function.call(jnp.zeros((1, *tiny.IMAGE)))[1].shape == (1, tiny.CLASSES)
+    assert weights.describe(tmp_path / "none.safetensors") is None

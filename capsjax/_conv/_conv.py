@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from capsjax._conv import _patches, _toom_cook
-from capsjax._conv._contract import contract
-from capsjax._conv._plan import plan_axes
+from capsjax._conv._matmul import contract
+from capsjax._conv._tiling import plan_axes
 
 
 def conv(x: Array, kernel: Array, bias: Array, *, strides: int | tuple[int, int] = 1) -> Array:

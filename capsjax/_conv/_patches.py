@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax._conv._contract import contract
+from capsjax._conv._matmul import contract
 from capsjax._vectors import at_least_float32
 
 

@@ -6,7 +6,7 @@ B' counts the tiles of all images, C' the channels of all phases.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax._conv._plan import AxisPlan
+from capsjax._conv._tiling import AxisPlan
 
 _Axes = tuple[AxisPlan, AxisPlan]
 

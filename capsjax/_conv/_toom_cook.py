@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax._conv._contract import contract
-from capsjax._conv._plan import AxisPlan
+from capsjax._conv._matmul import contract
 from capsjax._conv._tiles import join_outputs, split_inputs, split_kernel, split_outputs
+from capsjax._conv._tiling import AxisPlan
 from capsjax._vectors import at_least_float32
 
 _Axes = tuple[AxisPlan, AxisPlan]

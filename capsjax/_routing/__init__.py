@@ -2,8 +2,8 @@
 
 from capsjax._routing._protocol import Routing
 from capsjax._routing._votes import predictions
-from capsjax._routing.agreement import RoutingState, routing, routing_state
-from capsjax._routing.dense import Agreement, dense_capsules
+from capsjax._routing.agreement import Agreement, RoutingState, routing, routing_state
+from capsjax._routing.dense import dense_capsules
 
 # By the name that a saved network stores. A routing of your own joins with
 # `capsjax.ROUTINGS[MyRouting.name] = MyRouting`.

@@ -10,7 +10,8 @@ class Routing(Protocol):
     """A routing as a value: a frozen dataclass whose fields are its hyper-parameters.
 
     Being frozen gives it equality and a hash, so that a network which holds it is compiled once.
-    A saved network stores `name` and the fields; `capsjax.ROUTINGS[name]` makes it again.
+    A saved network stores `name` and the fields, which JSON must hold; a process that loads it
+    finds the class in `capsjax.ROUTINGS[name]`. `--routings` sets the field `iterations`, if any.
 
     Example:
       >>> import dataclasses

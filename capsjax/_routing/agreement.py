@@ -1,15 +1,18 @@
-"""Routing by agreement: procedure 1 as the paper has it.
+"""Routing by agreement: procedure 1 as the paper has it, and its value `Agreement`.
 
 Letters: `...` leading axes, j output capsule, i input capsule, d output and k input dimension.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from capsjax._routing._votes import broadcast_bias, check_iterations, check_votes_and_bias
+from capsjax._routing.dense import dense_capsules
 from capsjax._vectors import at_least_float32, float_dtype, squash
 
 
@@ -111,21 +114,44 @@ def routing_state(
     return RoutingState(b, c, v.astype(float_dtype(u_hat)))
 
 
-def broadcast_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
-    """Reshapes the bias so that it broadcasts against s; None is 0."""
-    return jnp.zeros(()) if bias is None else at_least_float32(jnp.asarray(bias)).reshape(shape)
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Routing by agreement as a value that a capsule layer takes.
 
+    Args:
+      iterations: of procedure 1, an int of 1 or more.
+      bias: whether the layer owns a bias [j, d] that is added to s in every iteration.
+      stop_gradient: lets the gradient flow through the last iteration only.
 
-def check_iterations(routings: int) -> None:
-    """Raises ValueError unless routings is an int of 1 or more."""
-    if not isinstance(routings, int) or isinstance(routings, bool) or routings < 1:
-        raise ValueError(f"routing: routings is an int of 1 or more, got {routings!r}")
+    Raises:
+      ValueError: if `iterations` is not an int of 1 or more.
 
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, capsjax
+      >>> routing = capsjax.Agreement(iterations=2, bias=True, stop_gradient=False)
+      >>> layer = capsjax.nn.DenseCaps(1152, 8, 10, 16, routing, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 1152, 8))).shape
+      (2, 10, 16)
 
-def check_votes_and_bias(u_hat: Any, bias: ArrayLike | None) -> None:
-    """Raises ValueError unless û is [..., j, i, d] and the bias, if there is one, [j, d]."""
-    if u_hat.ndim < 3 or not u_hat.shape[-3]:
-        raise ValueError(f"routing: expected predictions [..., j, i, d], got {list(u_hat.shape)}")
-    j, _, d = u_hat.shape[-3:]
-    if bias is not None and jnp.shape(bias) != (j, d):
-        raise ValueError(f"routing: expected a bias [j, d] = [{j}, {d}], got {[*jnp.shape(bias)]}")
+    References:
+      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1.
+    """
+
+    name: ClassVar[str] = "agreement"
+    iterations: int = 3
+    bias: bool = False
+    stop_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+
+    def bias_shape(self, j: int, i: int, d: int) -> tuple[int, ...] | None:
+        """Returns [j, d] with a bias, None without."""
+        return (j, d) if self.bias else None
+
+    def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
+        """Routes [..., i, k] by W [j, i, d, k] to [..., j, d], as `dense_capsules`."""
+        return dense_capsules(
+            u, weight, self.iterations, bias=bias, stop_gradient=self.stop_gradient
+        )

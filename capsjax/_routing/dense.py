@@ -3,65 +3,24 @@
 Letters: b all examples, j output capsule, i input capsule, d output and k input dimension.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax._routing._votes import check_capsule_layer
-from capsjax._routing.agreement import broadcast_bias, check_iterations, check_votes_and_bias
+from capsjax._routing._votes import (
+    broadcast_bias,
+    check_capsule_layer,
+    check_iterations,
+    check_votes_and_bias,
+)
 from capsjax._vectors import float_dtype, squash
 
 # The most numbers an example that all classes may hold at once; MNIST has 92,160.
 _MAX_NUMBERS_AT_ONCE = 2**17
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Routing by agreement as a value that a capsule layer takes.
-
-    Args:
-      iterations: of procedure 1, an int of 1 or more.
-      bias: whether the layer owns a bias [j, d] that is added to s in every iteration.
-      stop_gradient: lets the gradient flow through the last iteration only.
-
-    Raises:
-      ValueError: if `iterations` is not an int of 1 or more.
-
-    Example:
-      >>> from flax import nnx
-      >>> import jax.numpy as jnp, capsjax
-      >>> routing = capsjax.Agreement(iterations=2, bias=True, stop_gradient=False)
-      >>> layer = capsjax.nn.DenseCaps(1152, 8, 10, 16, routing, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((2, 1152, 8))).shape
-      (2, 10, 16)
-
-    References:
-      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1.
-    """
-
-    name: ClassVar[str] = "agreement"
-    iterations: int = 3
-    bias: bool = False
-    stop_gradient: bool = True
-
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-
-    def bias_shape(self, j: int, i: int, d: int) -> tuple[int, ...] | None:
-        """Returns [j, d] with a bias, None without."""
-        return (j, d) if self.bias else None
-
-    def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
-        """Routes [..., i, k] by W [j, i, d, k] to [..., j, d], as `dense_capsules`."""
-        return dense_capsules(
-            u, weight, self.iterations, bias=bias, stop_gradient=self.stop_gradient
-        )
 
 
 def dense_capsules(

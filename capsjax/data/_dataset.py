@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capsjax._memory import host_memory
+from capsjax._host_memory import host_memory
 
 # The names of the classes; None if the source has none.
 Names = Sequence[str] | np.ndarray | None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capsjax.data import _archive, _family, _folders, _idx, _npz, _tfds
+from capsjax.data import _folders, _idx, _mnist_family, _npz, _shipped_mnist, _tfds
 from capsjax.data._dataset import DataError, Dataset, Names, build_dataset
 
 _NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
@@ -92,9 +92,9 @@ def _download(name: str, folder: Path) -> Dataset | None:
 
 def _load_archive() -> Dataset:
     """Loads MNIST from the archive shipped with the package."""
-    names = _family.find_class_names("mnist", _family.IMAGE_SHAPE)
+    names = _mnist_family.find_class_names("mnist", _mnist_family.IMAGE_SHAPE)
     source = "mnist: the archive shipped with capsjax"
-    return build_dataset(**_archive.load(), class_names=names, source=source)
+    return build_dataset(**_shipped_mnist.load(), class_names=names, source=source)
 
 
 def _load_path(path: Path, name: str) -> Dataset | None:
@@ -117,11 +117,11 @@ def _load_path(path: Path, name: str) -> Dataset | None:
 def _load_idx(files: dict[str, Path], folder: Path, name: str) -> Dataset:
     """Loads four IDX files as the data set `name`."""
     arrays = _idx.read(files)
-    names = _family.find_class_names(name, (*arrays["x_train"].shape[1:], 1))
+    names = _mnist_family.find_class_names(name, (*arrays["x_train"].shape[1:], 1))
     for split in ("train", "test"):
-        arrays[f"x_{split}"] = _family.turn_upright(name, arrays[f"x_{split}"])
+        arrays[f"x_{split}"] = _mnist_family.turn_upright(name, arrays[f"x_{split}"])
         if names:
-            arrays[f"y_{split}"] = _family.number_from_zero(name, arrays[f"y_{split}"])
+            arrays[f"y_{split}"] = _mnist_family.number_from_zero(name, arrays[f"y_{split}"])
     return _build_named(arrays, names, name, source=f"{name}: IDX files in {folder}")
 
 
@@ -135,7 +135,7 @@ def _load_npz(path: Path, name: str) -> Dataset:
     arrays = _npz.read(path)
     names: Names = arrays.pop("class_names", None)
     if names is None:
-        names = _family.find_class_names(name, (*arrays["x_train"].shape[1:], 1)[:3])
+        names = _mnist_family.find_class_names(name, (*arrays["x_train"].shape[1:], 1)[:3])
     return _build_named(arrays, names, name, source=f"{name}: the arrays in {path}")
 
 
@@ -143,13 +143,13 @@ def _build_named(arrays: dict[str, np.ndarray], names: Names, name: str, *, sour
     """Builds the data set of files that carry no name; `name` supplies it."""
     dataset = build_dataset(**arrays, class_names=names, source=source)
     if name == "mnist":
-        _archive.verify(dataset)
+        _shipped_mnist.verify(dataset)
     return dataset
 
 
 def _explain_absence(name: str, folder: Path, *, given: bool) -> DataError:
     """Returns the error for a data set that was not found, with the command that prepares it."""
-    parts = [part for part in _family.NAMES if part.startswith(f"{name}/")]
+    parts = [part for part in _mnist_family.NAMES if part.startswith(f"{name}/")]
     if parts := _tfds.list_configs(name, folder) or parts:
         return DataError(f"{name} is several data sets, {', '.join(parts)}: name one of them")
     absence = _describe_absence(name, folder, given)
@@ -171,7 +171,7 @@ def _describe_absence(name: str, folder: Path, given: bool) -> str:
 def _suggest_remedy(name: str, folder: Path, given: bool) -> str:
     """Returns the part of the error that says what to do."""
     path = shlex.quote(str(folder))
-    if name in _family.NAMES:
+    if name in _mnist_family.NAMES:
         where = f" --data-dir {path}" if given else ""
         return f"download it with: python -m capsjax.run --dataset {name} --download{where}"
     from capsjax.data import _tfds_reader  # imported late: it loads tensorflow_datasets
@@ -181,7 +181,7 @@ def _suggest_remedy(name: str, folder: Path, given: bool) -> str:
         where = f" --data_dir={path}" if given else ""
         build = f"tfds build {name} --file_format=array_record{where}"
         return f"prepare it with: python -m pip install tensorflow && {build}"
-    close = difflib.get_close_matches(name, sorted({*_family.NAMES, *known}), n=3)
+    close = difflib.get_close_matches(name, sorted({*_mnist_family.NAMES, *known}), n=3)
     question = f"did you mean {' or '.join(close)}? Or " if close else ""
     return (
         f"TFDS prepares no data set of that name either; {question}give the folder of your own "

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 from tqdm import tqdm
 
-from capsjax.data import _download, _family, _idx, _tfds
+from capsjax.data import _download, _idx, _mnist_family, _tfds
 from capsjax.data._dataset import DataError
 
 _BUILDERS = {
@@ -30,10 +30,10 @@ _BUILDERS = {
 
 def prepare(name: str, folder: Path) -> None:
     """Downloads a data set and prepares it in TFDS's data_dir `folder`, whole or not at all."""
-    if name not in _family.NAMES:
+    if name not in _mnist_family.NAMES:
         raise DataError(
-            f"expected one of {', '.join(_family.NAMES)} to download, got {name!r}; TFDS needs "
-            f"TensorFlow to prepare any other: tfds build {name} --file_format=array_record"
+            f"expected one of {', '.join(_mnist_family.NAMES)} to download, got {name!r}; TFDS "
+            f"needs TensorFlow to prepare any other: tfds build {name} --file_format=array_record"
         )
     family, _, config = name.partition("/")
     url = _BUILDERS[family].URL

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from capsjax.data import _family, _tfrecord
+from capsjax.data import _mnist_family, _tfrecord
 from capsjax.data._dataset import DataError, Dataset, allocate_images, build_dataset
 
 _CHUNK = 1000  # records decoded at a time: fast, and small in memory
@@ -60,9 +60,9 @@ def _read(prepared: Path, name: str, source: str) -> Dataset:
     arrays = {}
     for split in ("train", "test"):
         images, labels = _read_split(builder, split, image, label, prepared)
-        arrays[f"x_{split}"] = _family.turn_upright(name, images)
-        arrays[f"y_{split}"] = _family.number_from_zero(name, labels)
-    names = _family.find_class_names(name, arrays["x_train"].shape[1:])
+        arrays[f"x_{split}"] = _mnist_family.turn_upright(name, images)
+        arrays[f"y_{split}"] = _mnist_family.number_from_zero(name, labels)
+    names = _mnist_family.find_class_names(name, arrays["x_train"].shape[1:])
     names = names or builder.info.features[label].names
     return build_dataset(**arrays, class_names=names, source=source)
 

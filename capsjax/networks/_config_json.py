@@ -11,10 +11,13 @@ from capsjax.networks._network import NetworkConfig
 def config_to_json(config: Any) -> dict[str, Any]:
     """Returns a config, or the routing in it, as its name and fields."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        "name": config.name,
-        **{n: config_to_json(v) if dataclasses.is_dataclass(v) else v for n, v in fields.items()},
-    }
+    return {"name": config.name, **{n: _to_json(value) for n, value in fields.items()}}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return config_to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 def config_from_json(
@@ -29,7 +32,7 @@ def config_from_json(
     Raises:
       ValueError: if no network or routing has the name, or a field does not fit.
     """
-    return _build(fields, {**networks, **ROUTINGS})
+    return _build(fields, networks)
 
 
 def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
@@ -37,17 +40,20 @@ def _build(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
         name = fields["name"]
         kind = kinds[name]
     except KeyError as error:
-        raise ValueError(f"{error} is none of the known names {', '.join(kinds)}") from error
+        raise ValueError(
+            f"expected one of {', '.join(kinds)}, got {error}; import the module that defines it "
+            "and registers it in capsjax.NETWORKS or capsjax.ROUTINGS"
+        ) from error
     try:
-        return kind(**{n: _read(v, kinds) for n, v in fields.items() if n != "name"})
+        return kind(**{n: _read(value) for n, value in fields.items() if n != "name"})
     except TypeError as error:
         raise ValueError(f"{name} has other fields: {error}") from error
 
 
-def _read(value: Any, kinds: Mapping[str, Any]) -> Any:
+def _read(value: Any) -> Any:
     if isinstance(value, dict):
-        return _build(value, kinds)
-    return tuple(value) if isinstance(value, list) else value
+        return _build(value, ROUTINGS)
+    return tuple(map(_read, value)) if isinstance(value, list) else value
 
 
 def with_iterations(config: Any, iterations: int) -> Any:
@@ -58,5 +64,10 @@ def with_iterations(config: Any, iterations: int) -> Any:
     """
     routing: Any = getattr(config, "routing", None)
     if not hasattr(routing, "iterations"):
-        raise ValueError(f"--routings {iterations}: {config.name} has no iterations of routing")
+        lacks = (
+            f"routing {routing.name} has no field iterations"
+            if routing
+            else (f"network {config.name} has no field routing")
+        )
+        raise ValueError(f"--routings {iterations}: the {lacks}")
     return dataclasses.replace(config, routing=dataclasses.replace(routing, iterations=iterations))

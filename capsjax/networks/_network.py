@@ -12,11 +12,17 @@ from capsjax._pixels import to_unit_interval
 
 
 class Output(NamedTuple):
-    """The output of a network."""
+    """The output of a network.
 
-    scores: jax.Array  # [..., j]: the class scores; |v_j|, or an activation
-    capsules: jax.Array  # [..., j, d]: the class capsules
-    reconstruction: jax.Array | None  # [..., H, W, C], pixels from 0 to 1; None without a decoder
+    Attributes:
+      scores: [..., j], the class scores: |v_j|, or an activation.
+      capsules: [..., j, d], the class capsules.
+      reconstruction: [..., H, W, C], pixels from 0 to 1; None without a decoder.
+    """
+
+    scores: jax.Array
+    capsules: jax.Array
+    reconstruction: jax.Array | None
 
     @property
     def predicted(self) -> jax.Array:
@@ -40,6 +46,8 @@ class NetworkConfig(Protocol):
 
 class Network(nnx.Module):
     """The base of all networks.
+
+    A network defines `__call__`; one with a decoder defines `decode` as well.
 
     Args:
       config: the sizes; static and hashable, so a part of the graph definition.
@@ -74,11 +82,17 @@ class Network(nnx.Module):
 
 
 class Prediction(NamedTuple):
-    """A network's answer to images."""
+    """A network's answer to images.
 
-    predicted: jax.Array  # [...] int32: the class of the highest score
-    scores: jax.Array  # [..., j]
-    reconstruction: jax.Array | None  # [..., H, W, C], pixels from 0 to 1; None without a decoder
+    Attributes:
+      predicted: [...] int32, the class of the highest score.
+      scores: [..., j], the class scores.
+      reconstruction: [..., H, W, C], pixels from 0 to 1; None without a decoder.
+    """
+
+    predicted: jax.Array
+    scores: jax.Array
+    reconstruction: jax.Array | None
 
 
 def predict(model: Network, images: ArrayLike) -> Prediction:

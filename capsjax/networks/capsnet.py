@@ -66,6 +66,7 @@ class CapsNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routing", as_routing(self.routing))
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, whatever it was
         sizes = (self.channels, self.kernel_size, self.types, self.dim_primary, self.dim_class)
         if min(*sizes, *self.hidden) < 1:
             raise ValueError(f"CapsNet: sizes are 1 or more, got {(*sizes, *self.hidden)}")
@@ -123,7 +124,9 @@ class CapsNet(Network):
         **sizes: Any,
     ):
         if routings is not None:
-            sizes["routing"] = as_routing(routings)
+            if "routing" in sizes:
+                raise TypeError("CapsNet: give routings or routing, not both")
+            sizes["routing"] = routings
         config = dataclasses.replace(config, **sizes)
         super().__init__(config, image_shape, num_classes)
         depth = image_shape[2]

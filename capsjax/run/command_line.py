@@ -12,7 +12,7 @@ import tyro
 from capsjax import weights
 from capsjax.presets import check
 from capsjax.run.experiment import Experiment
-from capsjax.run.settings import Images, Recipe, Settings, read_settings, refuse_changes
+from capsjax.run.settings import Settings, read_settings, refuse_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,12 @@ def _preset_defaults(
     known = preset_of_weights if preset_of_weights in names else None
     if source.preset and known and source.preset != known:
         raise ValueError(f"--preset {source.preset}, but {source.weights} is of --preset {known}")
-    name = source.preset or known or names[0]
-    preset = experiment.presets[name]
-    if routings is None:
-        routings = _iterations(preset.network)
-    recipe = Recipe(preset=name, routings=routings)
-    return Settings(recipe, preset.training, Images(dataset=experiment.dataset))
+    settings = experiment.settings(source.preset or known)
+    if source.weights is None:
+        routings = _iterations(experiment.presets[settings.recipe.preset].network)
+    return dataclasses.replace(
+        settings, recipe=dataclasses.replace(settings.recipe, routings=routings)
+    )
 
 
 def _describe(file: Path) -> tuple[str | None, int | None]:
@@ -97,7 +97,7 @@ def _describe(file: Path) -> tuple[str | None, int | None]:
     """
     about = weights.describe(file)
     if about is None:
-        return None, None
+        return None, 3
     return about.notes.get("preset"), _iterations(about.config)
 
 

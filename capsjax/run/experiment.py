@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from capsjax.presets import PRESETS, Preset, Training
+from capsjax.run.settings import Images, Recipe, Settings
 from capsjax.tasks import Classification, Task
 
 
@@ -30,7 +31,13 @@ class Experiment:
       dataset: the data set that is loaded unless another is named.
     """
 
-    description: str = "Train a capsule network on images, test it, and draw what it learnt."
+    description: str = "Train a capsule network, test it, and draw what it learnt."
     presets: Mapping[str, Preset] = dataclasses.field(default_factory=lambda: PRESETS)
     make_task: Callable[[Training], Task] = make_classification
     dataset: str = "mnist"
+
+    def settings(self, preset: str | None = None) -> Settings:
+        """Returns the settings of a preset, the default one if none is named."""
+        name = preset or next(iter(self.presets))
+        recipe = Recipe(name, routings=None)
+        return Settings(recipe, self.presets[name].training, Images(dataset=self.dataset))

@@ -71,7 +71,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def holds_run(folder: Path) -> bool:
     """Returns whether a run was begun in the folder."""
-    return (folder / "config.json").is_file()
+    return os.path.isfile(folder / "config.json")  # Path.is_file raises where a name is too long
 
 
 def refuse_run(folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from capsjax import weights
 from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoint, Checkpoints
+from capsjax.networks._config_json import config_to_json
 from capsjax.run.folder import (
     create_folder,
     describe_provenance,
@@ -70,6 +71,8 @@ def open_run(plan: Plan, state: TrainState, stack: contextlib.ExitStack) -> Open
     began = holds_run(folder)  # before any process gets past the next line and may begin it
     agree("settings", zlib.crc32(json.dumps(shared_settings(plan.settings)).encode()))
     agree("images", plan.fingerprint)
+    if run.resume is not None:
+        read_config(run.resume)  # a run must be there
     if run.weights_folder is not None:
         state = _load_weights(run.weights_folder, state)
     if first:
@@ -106,6 +109,7 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
         (folder / INITIAL_WEIGHTS).unlink(missing_ok=True)  # of a run that did not get this far
     config = {
         "settings": to_json(plan.settings),
+        "network": _describe_network(plan, state),
         **describe_provenance(),
         "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
         "steps_per_epoch": plan.steps,
@@ -117,7 +121,14 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
     """Reads the newest checkpoint; without one the run starts again from its initial state."""
     config, epochs = read_config(folder), plan.settings.training.epochs
     asked = from_json(to_json(plan.settings))  # with absolute paths, as they were saved
-    refuse_changes(asked, dataclasses.replace(read_settings(folder), run=asked.run))
+    saved, run = read_settings(folder), asked.run
+    if run.resume is None:  # --resume continues with the weights that the run was begun with
+        run = dataclasses.replace(run, weights=saved.run.weights)
+    refuse_changes(asked, dataclasses.replace(saved, run=run))
+    if config.get("network") != (network := _describe_network(plan, state)):
+        raise ValueError(
+            f"{folder} holds another network: expected {config.get('network')}, got {network}"
+        )
     if config["data"]["crc32"] != plan.fingerprint:
         raise ValueError(f"{folder} was trained on other images than {plan.dataset.source}")
     read_rows(folder, plan.columns)  # refused now, not after an epoch
@@ -134,6 +145,10 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
         config["settings"]["training"]["epochs"] = epochs
         write_config(folder, config)
     return state, notes
+
+
+def _describe_network(plan: Plan, state: TrainState) -> dict[str, Any]:
+    return config_to_json(merge(plan.setup.graphdef, state).config)
 
 
 def _load_weights(folder: Path, state: TrainState) -> TrainState:

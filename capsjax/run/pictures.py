@@ -51,6 +51,9 @@ def write_pictures(
         print("pictures  no reconstructions and perturbations: this network has no decoder")
         return
     write(viz.reconstructions(first, drawn), folder / "reconstructions.png")
+    if type(model).decode is capsjax.Network.decode:
+        print(f"pictures  no perturbations: {type(model).__name__} does not define decode")
+        return
     example = np.argmax(predicted == y_test)  # the first that is read right, if any is
     moved = perturbed(model, x_test[example], OFFSETS)
     figure = viz.perturbations(moved, OFFSETS, predicted[example], class_names)

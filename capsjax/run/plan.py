@@ -15,11 +15,11 @@ from flax import nnx
 from capsjax import data, sharding, weights
 from capsjax.networks import Network
 from capsjax.networks._config_json import with_iterations
-from capsjax.presets import Preset
+from capsjax.presets import Preset, Training
 from capsjax.run.experiment import Experiment
 from capsjax.run.metrics import list_columns
 from capsjax.run.settings import Images, Settings
-from capsjax.tasks import Task, batch_shape
+from capsjax.tasks import Task, batch_shape, example_batch
 from capsjax.train import Setup, TrainState, create
 
 
@@ -59,7 +59,7 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
     Raises:
       ValueError: if the settings do not fit the images or the devices.
     """
-    preset = experiment.presets[settings.recipe.preset]
+    preset = _find_preset(settings.recipe.preset, experiment)
     dataset, train_indices, validation_indices = _load(settings)
     batch_size = settings.training.batch_size
     steps = len(train_indices) // batch_size
@@ -69,9 +69,8 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
         )
     mesh = sharding.make_mesh(batch_size, settings.run.devices)
     print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
-    training = preset.complete(settings.training, dataset.image_shape)
+    training, task = _make_task(settings.training, preset, experiment, dataset)
     settings = dataclasses.replace(settings, training=training)
-    task = experiment.make_task(training)
     optimizer = preset.optimizer(training, steps)
     graphdef, state = _make_state(settings, preset, task, optimizer, dataset)
     setup = Setup(graphdef, optimizer, task, settings.recipe.precision, training.average)
@@ -87,6 +86,25 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
         columns=list_columns(state.sums.losses),
     )
     return plan, state
+
+
+def _find_preset(name: str, experiment: Experiment) -> Preset:
+    if name not in experiment.presets:  # told by the folder of another experiment's run
+        raise ValueError(
+            f"there is no preset {name!r} here, only {', '.join(experiment.presets)}: use the "
+            "experiment that began the run"
+        )
+    return experiment.presets[name]
+
+
+def _make_task(
+    training: Training, preset: Preset, experiment: Experiment, dataset: data.Dataset
+) -> tuple[Training, Task]:
+    """Makes the task, and completes the hyper-parameters for the images that it makes."""
+    task = experiment.make_task(preset.complete(training, dataset.image_shape))
+    shape = batch_shape(task, dataset.x_test, dataset.y_test)
+    training = preset.complete(training, shape)
+    return training, experiment.make_task(training)
 
 
 def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
@@ -139,15 +157,17 @@ def _make_state(
     dataset: data.Dataset,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Draws the initial weights, or reads them from the file that tells the network."""
+    example = example_batch(task, dataset.x_test, dataset.y_test)
     image_shape = batch_shape(task, dataset.x_test, dataset.y_test)
-    average, file = settings.training.average, settings.run.network_file
+    options: dict[str, Any] = {"average": settings.training.average, "example": example}
+    file = settings.run.network_file
     if file is None:
         # One compilation instead of one for each kind of array.
         draw = lambda: _draw(settings, preset, image_shape, dataset.num_classes)  # noqa: E731
-        graphdef, state = jax.jit(lambda: create(draw(), optimizer, task, average=average))()
+        graphdef, state = jax.jit(lambda: create(draw(), optimizer, task, **options))()
     else:
         model = _read(file, image_shape, dataset.num_classes, settings.recipe.routings)
-        graphdef, state = create(model, optimizer, task, average=average)
+        graphdef, state = create(model, optimizer, task, **options)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"network   {size:,} parameters" + (f" of {file}" if file else ""))
     return graphdef, state

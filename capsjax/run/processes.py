@@ -68,7 +68,7 @@ def connect(
     """
     if coordinator is not None and process_id:
         _wait_for(coordinator)
-    elif coordinator is not None and _accepts_connections(coordinator):  # JAX would share the port
+    elif coordinator is not None and _try_connection(coordinator) is None:  # JAX would share it
         raise ValueError(f"another process listens at {coordinator} already")
     try:
         jax.distributed.initialize(
@@ -108,7 +108,7 @@ def agree(what: str, value: int) -> None:
 
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
-    """Ends a process that failed at once, and by that the others.
+    """Ends a failed process at once, which ends the others.
 
     Left to Python, it would first wait for the others, and they wait for it.
     """
@@ -152,19 +152,19 @@ def _describe_loss(error: Exception) -> str:
 def _wait_for(coordinator: str) -> None:
     """Waits until process 0 listens; JAX alone would abort the process after a while."""
     end = time.monotonic() + _CONNECT_TIMEOUT
-    while not _accepts_connections(coordinator):
+    while (error := _try_connection(coordinator)) is not None:
         if time.monotonic() > end:
             raise ValueError(
-                f"process 0 could not be reached at {coordinator} for {_CONNECT_TIMEOUT} s"
-            )
+                f"process 0 could not be reached at {coordinator} for {_CONNECT_TIMEOUT} s: {error}"
+            ) from error
         time.sleep(0.1)
 
 
-def _accepts_connections(address: str) -> bool:
-    """Returns whether a process listens at HOST:PORT."""
+def _try_connection(address: str) -> OSError | None:
+    """Returns why no connection to HOST:PORT can be made; None if a process listens there."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None

@@ -14,13 +14,13 @@ INITIAL_WEIGHTS = "start.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The preset gives the defaults of this group and the next: see also --preset paper --help."""
+    """The preset gives the defaults here and of the training options: try --preset paper --help."""
 
     preset: str = "seed"
     """seed: the widespread re-implementation. paper: the authors' released code. best: seed with
     warped images and averaged weights."""
     routings: int | None = 3
-    """Iterations of routing. None: the network has none."""
+    """Iterations of routing. None: as the preset's network has it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's computations. Parameters and sums are always float32."""
     seed: int = 0
@@ -34,19 +34,19 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """MNIST comes with the package and needs no download."""
+    """MNIST comes with the package and needs no download. Give your own images a name of their own:
+    28×28 images named mnist get the names of its classes."""
 
     dataset: str = "mnist"
-    """mnist, fashion_mnist, kmnist, emnist/letters or any other name in TensorFlow Datasets. Give
-    your own data another name: 28×28 images named mnist get the names of its classes."""
+    """mnist, fashion_mnist, kmnist, emnist/letters, another TFDS name, or a name for your data."""
     data_dir: Path | None = None
-    """Where the images are: a TFDS folder, IDX files, an .npz, or train/CLASS/*.png and test/…"""
+    """A TFDS folder, IDX files, an .npz, or train/CLASS/ and test/CLASS/ with .png or .jpg."""
     download: bool = False
     """Have TensorFlow Datasets download and prepare the data set."""
     train_size: int | None = None
-    """Number of training images, drawn at random: for a quick look. None: all."""
+    """Train on this many images, chosen at random, for a quick look. None: on all of them."""
     validation: int = 0
-    """Training images held out for validation; the best epoch on them is reported."""
+    """Training images held out for validation. The epoch that is best on them gives the result."""
 
     def __post_init__(self) -> None:
         size = self.train_size
@@ -61,15 +61,15 @@ class Run:
     save_dir: Path | None = None
     """New folder for this run. None: runs/DATASET-TIME."""
     checkpoint_steps: int = 200
-    """Steps between checkpoints; the end of an epoch makes one, too."""
+    """Steps between checkpoints; one more is made at the end of each epoch."""
     devices: int | None = None
-    """Devices to split a batch over. None: the largest number that divides it."""
+    """Devices to split a batch over. None: as many as divide it evenly."""
     resume: Path | None = None
-    """Folder of a run to continue; only --devices and, to more, --epochs may change."""
+    """Folder of a run to continue. Only --devices may change, and --epochs may be raised."""
     weights: Path | None = None
-    """Weights to start from, or to test: folder of a run, .safetensors, or PyTorch's .pt, .pkl."""
+    """Weights to start from or to test: a run, a .safetensors, or PyTorch's .pt, .pth or .pkl."""
     testing: bool = False
-    """Test --weights and draw its pictures, without training; a run keeps its own settings."""
+    """Test --weights and draw pictures, without training; a run is tested with its own settings."""
 
     def __post_init__(self) -> None:
         steps, devices = self.checkpoint_steps, self.devices
@@ -107,12 +107,11 @@ class Processes:
     coordinator: str | None = None
     """HOST:PORT where process 0 listens to the others."""
     num_processes: int | None = None
-    """Number of processes that take part."""
+    """Number of processes."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, counted from 0."""
     distributed: bool = False
-    """Take these three from the launcher: SLURM or Open MPI (5 needs mpi4py), one task per GPU, or
-    a TPU pod."""
+    """Get these three from SLURM, Open MPI (5 needs mpi4py) or a TPU pod: one task per GPU."""
 
     def __post_init__(self) -> None:
         match self.coordinator, self.num_processes, self.process_id:
@@ -183,7 +182,7 @@ def refuse_changes(settings: Settings, saved: Settings) -> None:
             if ours != theirs and not allowed:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {ours} beside --resume, but this run has {theirs};"
-                    " only --epochs may change, to more, and --devices"
+                    " only --devices may change, and --epochs may be raised"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Real processes: signals end a run with a checkpoint, and even SIGKILL loses none of its bits."""
+"""Signals end a real process with a checkpoint, and even SIGKILL loses no bit of its run."""
 
 import contextlib
 import os
@@ -13,39 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
+from slow_run import choose_script, wait_for_steps
 from tiny_run import (
     STEPS,
-    arrays_of,
-    command_line,
-    environment_of,
-    rows_of,
-    same_bits,
-    steps_in,
+    have_same_bits,
+    list_steps,
+    make_arguments,
+    make_environment,
+    read_arrays,
+    read_rows,
     write_images,
 )
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 4
-# Steps, evaluations and pictures that take this long leave time to send a signal while they run.
-SLOWLY = """
-import sys, time
-import loop, mnist, tiny_run
-jit_steps = loop.jit_steps
-def slowly(step, name):
-    def slow(*args):
-        print(name, flush=True)
-        time.sleep({seconds})
-        return step(*args)
-    return slow
-def slow_steps(recipe, mesh):
-    train, evaluate = jit_steps(recipe, mesh)
-    return slowly(train, "trains"), slowly(evaluate, "evaluates")
-loop.jit_steps = slow_steps
-mnist.write_pictures = slowly(mnist.write_pictures, "draws")
-mnist.main(sys.argv[1:], tiny_run.PRESETS)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +37,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Starts the experiment in a process of its own, one device, slowed down or not."""
+    """Starts a run in a process of its own on one device, slowed down or not."""
     images = write_images(folder / "tiny.npz")
-    environment = environment_of(folder / "home")
+    environment = make_environment(folder / "home")
 
     @contextlib.contextmanager
     def run(seconds=0.0, resume=None, before=(), **flags) -> Iterator[subprocess.Popen]:
         new = {"data_dir": images, "epochs": EPOCHS, **flags}
-        args = command_line(resume=resume, **({} if resume else new))
-        slowly = ["-c", SLOWLY.format(seconds=seconds)]
-        script = slowly if seconds else [str(Path(__file__).with_name("tiny_run.py"))]
+        args = make_arguments(resume=resume, **({} if resume else new))
         process = subprocess.Popen(
-            [*before, sys.executable, *script, *args],
+            [*before, sys.executable, *choose_script(seconds), *args],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -95,37 +75,26 @@ def unbroken(run, folder):
     return folder / "unbroken"
 
 
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    """Waits until a run has a checkpoint of so many steps."""
-    end = time.monotonic() + 120
-    while not (folder / "checkpoints").is_dir() or not [
-        step for step in (folder / "checkpoints").iterdir() if step.name == str(steps)
-    ]:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def newest(folder: Path) -> int:
-    """The step of a run's last whole checkpoint, 0 without any."""
+def find_newest(folder: Path) -> int:
+    """Returns the step of a run's last whole checkpoint, 0 without any."""
     names = [path.name for path in folder.glob("checkpoints/*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def finish(run, folder: Path, unbroken: Path) -> None:
+def assert_resumed(run, folder: Path, unbroken: Path) -> None:
     """Resumes a run and compares all that it leaves with the undisturbed one."""
     with run(resume=folder) as process:
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert "resume    step" in out
-    assert same_bits(arrays_of(folder), arrays_of(unbroken))
-    assert rows_of(folder) == rows_of(unbroken)
+    assert have_same_bits(read_arrays(folder), read_arrays(unbroken))
+    assert read_rows(folder) == read_rows(unbroken)
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_takes_up(
+def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_continues(
     run, folder, unbroken, number, status
 ):
     save_dir = folder / number.name
@@ -136,8 +105,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_takes_up(
     assert process.returncode == status
     assert f"{number.name}: ends after this step, with a checkpoint" in out
     assert "Traceback" not in out
-    assert STEPS + 2 < steps_in(save_dir)[-1] < EPOCHS * STEPS
-    finish(run, save_dir, unbroken)
+    assert STEPS + 2 < list_steps(save_dir)[-1] < EPOCHS * STEPS
+    assert_resumed(run, save_dir, unbroken)
 
 
 def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
@@ -153,7 +122,7 @@ def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
         process.wait(timeout=60)
         assert time.monotonic() - start < 4
     assert process.returncode == -signal.SIGINT
-    finish(run, save_dir, unbroken)
+    assert_resumed(run, save_dir, unbroken)
 
 
 @pytest.mark.parametrize("steps", [2, STEPS + 4])
@@ -164,7 +133,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
         process.kill()
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    finish(run, save_dir, unbroken)
+    assert_resumed(run, save_dir, unbroken)
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
@@ -182,10 +151,10 @@ def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
             time.sleep(rng.uniform(0, 3))
             process.kill()
             assert process.wait(timeout=60) == -signal.SIGKILL, process.communicate()[0]
-        saved.append(newest(killed))
+        saved.append(find_newest(killed))
     assert len(set(saved)) > 10
-    finish(run, killed, undisturbed)
-    assert [row["epoch"] for row in rows_of(killed)] == [str(n + 1) for n in range(10)]
+    assert_resumed(run, killed, undisturbed)
+    assert [row["epoch"] for row in read_rows(killed)] == [str(n + 1) for n in range(10)]
 
 
 # A file system of 3 MiB that lives as long as the shell, which waits for a line at the end.
@@ -227,4 +196,4 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder,
     *_, error, status = lines
     assert status == "status 1\n", lines
     assert re.match("error: .*No space left on device.*kept in", error), lines
-    finish(run, folder / f"rescued-{left}", unbroken)
+    assert_resumed(run, folder / f"rescued-{left}", unbroken)

@@ -1,4 +1,4 @@
-"""Several real processes over loopback: one training, that ends together and goes on together."""
+"""Several real processes over loopback train one network: they end and continue together."""
 
 import contextlib
 import os
@@ -13,17 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from test_survival import SLOWLY, wait_for_steps
+from slow_run import choose_script, wait_for_steps
 from tiny_run import (
-    arrays_of,
-    command_line,
-    environment_of,
-    images,
-    params_of,
-    rows_of,
-    same_bits,
-    steps_in,
+    have_same_bits,
+    list_steps,
+    make_arguments,
+    make_environment,
+    make_images,
+    read_arrays,
+    read_params,
+    read_rows,
     write_images,
 )
 
@@ -40,9 +39,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """Starts the experiment in `n` processes, of one device each or more."""
+    """Starts a run in `n` processes of one device each or more."""
     data = write_images(folder / "tiny.npz")
-    environment = environment_of(folder / "home")
+    environment = make_environment(folder / "home")
 
     @contextlib.contextmanager
     def start(
@@ -56,18 +55,16 @@ def start(folder):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 flags |= {"coordinator": f"127.0.0.1:{free.getsockname()[1]}", "num_processes": n}
-        tiny = [str(Path(__file__).with_name("tiny_run.py"))]
-        script = ["-c", SLOWLY.format(seconds=seconds)] if seconds else tiny
         processes = [
             subprocess.Popen(
-                [sys.executable, *script]
-                + command_line(
+                [sys.executable, *choose_script(seconds)]
+                + make_arguments(
                     **flags | ((of_second or {}) if number else {}),
                     process_id=None if slurm or n == 1 else number,
                 ),
                 env=environment
                 | {"JAX_NUM_CPU_DEVICES": str(local_devices)}
-                | (slurm_environment(n, number) if slurm else {}),
+                | (make_slurm_environment(n, number) if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -84,8 +81,8 @@ def start(folder):
     return start
 
 
-def slurm_environment(n: int, number: int) -> dict[str, str]:
-    """What `srun` tells the processes of a job on this host."""
+def make_slurm_environment(n: int, number: int) -> dict[str, str]:
+    """Makes what `srun` tells the processes of a job on this host."""
     return {
         "SLURM_JOB_ID": str(os.getpid()),  # JAX takes the port from it
         "SLURM_STEP_NODELIST": "localhost",
@@ -95,20 +92,20 @@ def slurm_environment(n: int, number: int) -> dict[str, str]:
     }
 
 
-def outcome(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each."""
+def wait_for(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Returns exit status, output and errors of each process, once all have ended."""
     texts = [process.communicate(timeout=timeout) for process in processes]
     return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def unbroken(start, folder):
-    """Folders of undisturbed runs of one, two and four processes."""
+    """The folders of undisturbed runs of one, two and four processes."""
     folders = {}
     for n in (1, 2, 4):
         folders[n] = folder / f"unbroken-{n}"
         with start(n, save_dir=folders[n]) as processes:
-            (status, out, err), *others = outcome(processes)
+            (status, out, err), *others = wait_for(processes)
             assert status == 0, err
             assert "test error" in out
             for status, out, _ in others:
@@ -121,21 +118,23 @@ def wait_for_line(start: str, process: subprocess.Popen) -> None:
     assert any(line.startswith(start) for line in process.stdout)
 
 
-def apart(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """The distance of two sets of arrays over the length of one."""
+def compute_distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Computes the distance of two sets of arrays relative to the norm of the second."""
     assert ours.keys() == theirs.keys()
     a, b = (np.concatenate([np.ravel(x[n]) for n in theirs]).astype("f8") for x in (ours, theirs))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def losses(folder: Path) -> list[list[float]]:
+def read_losses(folder: Path) -> list[list[float]]:
     names = ("train_loss", "train_margin", "test_loss", "test_margin")
-    return [[float(row[name]) for name in names] for row in rows_of(folder)]
+    return [[float(row[name]) for name in names] for row in read_rows(folder)]
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_processes_together_give_the_figures_of_one(start, folder, unbroken, n):
-    np.testing.assert_allclose(losses(unbroken[n]), losses(unbroken[1]), rtol=0, atol=1e-4)
+def test_processes_together_give_the_metrics_of_one(start, folder, unbroken, n):
+    np.testing.assert_allclose(
+        read_losses(unbroken[n]), read_losses(unbroken[1]), rtol=0, atol=1e-4
+    )
     for file in ("metrics.csv", "weights.safetensors", "reconstructions.png"):
         assert (unbroken[n] / file).is_file()
     params = []
@@ -143,19 +142,19 @@ def test_processes_together_give_the_figures_of_one(start, folder, unbroken, n):
         save_dir = folder / f"five-steps-{processes}"
         if not save_dir.exists():
             with start(processes, save_dir=save_dir, epochs=1) as started:
-                assert outcome(started)[0][0] == 0
-        assert steps_in(save_dir) == [STEPS]
-        params.append(params_of(save_dir))
-    assert 0 < apart(*params) < 1e-5
+                assert wait_for(started)[0][0] == 0
+        assert list_steps(save_dir) == [STEPS]
+        params.append(read_params(save_dir))
+    assert 0 < compute_distance(*params) < 1e-5
 
 
 def test_two_processes_with_two_devices_each_never_wait_for_each_other(start, folder, unbroken):
     save_dir = folder / "two-by-two"
     with start(2, local_devices=2, save_dir=save_dir) as processes:
-        results = outcome(processes)
+        results = wait_for(processes)
     assert [status for status, *_ in results] == [0, 0]
     assert "devices   4 of 4 × cpu" in results[0][1]
-    np.testing.assert_allclose(losses(save_dir), losses(unbroken[1]), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(read_losses(save_dir), read_losses(unbroken[1]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("killed", [0, 1], ids=["coordinator", "other"])
@@ -166,24 +165,24 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
     with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
         wait_for_steps(save_dir, STEPS + 2, processes[1 - killed])
         processes[killed].kill()
-        (status, _, err) = outcome([processes[1 - killed]], timeout=60)[0]
+        (status, _, err) = wait_for([processes[1 - killed]], timeout=60)[0]
     # Whichever is first: the step that fails here, or JAX's service, which aborts the process.
     assert status in (1, -signal.SIGABRT)
     assert re.search("error: process . of 2 failed or lost another one|another task died", err), err
     assert "Traceback" not in err
-    assert STEPS + 2 <= steps_in(save_dir)[-1] < EPOCHS * STEPS
+    assert STEPS + 2 <= list_steps(save_dir)[-1] < EPOCHS * STEPS
     alone = folder / f"killed-{killed}-alone"
     shutil.copytree(save_dir, alone)
     for n, resumed in ((2, save_dir), (1, alone)):
         with start(n, resume=resumed) as processes:
-            status, out, err = outcome(processes)[0]
+            status, out, err = wait_for(processes)[0]
         assert status == 0, err
         assert "resume    step" in out
     # The same number of processes adds up in the same order, another number in another.
-    assert same_bits(arrays_of(save_dir), arrays_of(unbroken[2]))
-    assert rows_of(save_dir) == rows_of(unbroken[2])
-    assert 0 < apart(params_of(alone), params_of(unbroken[2])) < 1e-4
-    np.testing.assert_allclose(losses(alone), losses(unbroken[2]), rtol=0, atol=1e-4)
+    assert have_same_bits(read_arrays(save_dir), read_arrays(unbroken[2]))
+    assert read_rows(save_dir) == read_rows(unbroken[2])
+    assert 0 < compute_distance(read_params(alone), read_params(unbroken[2])) < 1e-4
+    np.testing.assert_allclose(read_losses(alone), read_losses(unbroken[2]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +198,13 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
         wait_for_steps(save_dir, STEPS + 2, processes[0])
         for process in to:
             processes[process].send_signal(number)
-        results = outcome(processes, timeout=60)
+        results = wait_for(processes, timeout=60)
     assert [status for status, _, _ in results] == statuses, results
-    assert STEPS + 2 < steps_in(save_dir)[-1] < EPOCHS * STEPS
+    assert STEPS + 2 < list_steps(save_dir)[-1] < EPOCHS * STEPS
     with start(2, resume=save_dir) as processes:
-        assert outcome(processes)[0][0] == 0
-    assert same_bits(arrays_of(save_dir), arrays_of(unbroken[2]))
-    assert rows_of(save_dir) == rows_of(unbroken[2])
+        assert wait_for(processes)[0][0] == 0
+    assert have_same_bits(read_arrays(save_dir), read_arrays(unbroken[2]))
+    assert read_rows(save_dir) == read_rows(unbroken[2])
 
 
 def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, folder, unbroken):
@@ -214,11 +213,11 @@ def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, fo
     with start(2, 0.5, resume=save_dir, epochs=EPOCHS + 1) as processes:
         wait_for_line("evaluates", processes[0])
         processes[0].send_signal(signal.SIGTERM)
-        assert [status for status, *_ in outcome(processes, timeout=60)] == [143, 143]
-    assert steps_in(save_dir)[-1] == (EPOCHS + 1) * STEPS
+        assert [status for status, *_ in wait_for(processes, timeout=60)] == [143, 143]
+    assert list_steps(save_dir)[-1] == (EPOCHS + 1) * STEPS
     with start(2, resume=save_dir) as processes:
-        assert outcome(processes)[0][0] == 0
-    assert [row["epoch"] for row in rows_of(save_dir)] == [str(n + 1) for n in range(EPOCHS + 1)]
+        assert wait_for(processes)[0][0] == 0
+    assert [row["epoch"] for row in read_rows(save_dir)] == [str(n + 1) for n in range(EPOCHS + 1)]
 
 
 def test_a_signal_after_the_last_evaluation_ends_all_at_once(start, folder):
@@ -226,7 +225,7 @@ def test_a_signal_after_the_last_evaluation_ends_all_at_once(start, folder):
         wait_for_line("draws", processes[0])
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        results = outcome(processes, timeout=60)
+        results = wait_for(processes, timeout=60)
     assert [status for status, *_ in results] == [-signal.SIGTERM] * 2, results
 
 
@@ -234,13 +233,13 @@ def test_one_process_alone_ends_by_a_signal_before_its_first_step(start, folder)
     with start(1, 0.2, save_dir=folder / "alone", slurm=True) as processes:
         wait_for_line("data", processes[0])
         processes[0].send_signal(signal.SIGTERM)
-        status, _, _ = outcome(processes, timeout=60)[0]
+        status, _, _ = wait_for(processes, timeout=60)[0]
     assert status == -signal.SIGTERM
 
 
 def test_a_batch_that_the_devices_do_not_divide_ends_all_in_words(start, folder):
     with start(2, save_dir=folder / "odd", batch_size=15) as processes:
-        results = outcome(processes, timeout=120)
+        results = wait_for(processes, timeout=120)
     assert all(status for status, *_ in results)
     assert "2 devices do not divide a batch of 15 images evenly" in results[0][2]
     assert not (folder / "odd").exists()
@@ -253,15 +252,15 @@ def test_distributed_finds_the_others_under_slurm_and_they_validate_and_test_as_
     for n in (1, 2):
         flags = {"save_dir": folder / f"slurm-{n}", "validation": 12, "slurm": n > 1}
         with start(n, **flags) as processes:
-            results = outcome(processes)
+            results = wait_for(processes)
         assert [status for status, *_ in results] == [0] * n, results
         with start(n, slurm=n > 1, testing=True, weights=folder / f"slurm-{n}") as processes:
-            tested.append(outcome(processes)[0][1].splitlines()[-1])
+            tested.append(wait_for(processes)[0][1].splitlines()[-1])
         assert tested[-1] == results[0][1].splitlines()[-1]
-    one, two = (rows_of(folder / f"slurm-{n}") for n in (1, 2))
+    one, two = (read_rows(folder / f"slurm-{n}") for n in (1, 2))
     names = [name for name in one[0] if name.endswith(("loss", "margin"))]
-    figures = [[[float(row[name]) for name in names] for row in rows] for rows in (one, two)]
-    np.testing.assert_allclose(*figures, rtol=0, atol=1e-4)
+    values = [[[float(row[name]) for name in names] for row in rows] for rows in (one, two)]
+    np.testing.assert_allclose(*values, rtol=0, atol=1e-4)
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(start, folder, unbroken):
@@ -271,19 +270,19 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(start, fold
     with start(2, 0.2, **resumed) as processes:
         wait_for_line("[Gloo]", processes[0])
         processes[1].send_signal(signal.SIGTERM)
-        assert [status for status, *_ in outcome(processes, timeout=120)] == [143, 143]
-    assert steps_in(save_dir)[-1] < (EPOCHS + 2) * STEPS
+        assert [status for status, *_ in wait_for(processes, timeout=120)] == [143, 143]
+    assert list_steps(save_dir)[-1] < (EPOCHS + 2) * STEPS
 
 
 @pytest.mark.parametrize(
     ("differently", "what"), [({"lr": 0.5}, "settings"), ({"data_dir": "other"}, "images")]
 )
 def test_processes_with_different_settings_or_images_are_refused(start, folder, differently, what):
-    arrays = images()
+    arrays = make_images()
     other = write_images(folder / "other.npz", y_train=arrays["y_train"][::-1].copy())
     changed = {name: other if v == "other" else v for name, v in differently.items()}
     with start(2, save_dir=folder / "differ", of_second=changed) as processes:
-        results = outcome(processes, timeout=120)
+        results = wait_for(processes, timeout=120)
     assert all(status for status, *_ in results)
     assert f"error: the 2 processes have different {what}: " in results[0][2] + results[1][2]
     assert not (folder / "differ").exists()
@@ -291,7 +290,7 @@ def test_processes_with_different_settings_or_images_are_refused(start, folder, 
 
 def test_distributed_without_a_launcher_is_refused_in_words(start, folder):
     with start(1, save_dir=folder / "none", distributed=True) as processes:
-        status, _, err = outcome(processes, timeout=120)[0]
+        status, _, err = wait_for(processes, timeout=120)[0]
     assert status == 2
-    assert re.search("^error: the launcher .* does not say who .*: give coordinator", err, re.M)
+    assert re.search("^error: the launcher .* does not say who .*: give --coordinator", err, re.M)
     assert err.count("\n") == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from capsjax import weights
@@ -14,13 +15,14 @@ from capsjax.checkpoint import CheckpointError
 from capsjax.run import machine, processes
 from capsjax.run.command_line import parse, refusals
 from capsjax.run.experiment import Experiment
-from capsjax.run.folder import read_rows, refuse_run
+from capsjax.run.folder import describe_provenance, holds_run, read_rows, refuse_run
 from capsjax.run.loop import Diverged, Runner
 from capsjax.run.metrics import Metrics
 from capsjax.run.opening import Opened, open_run
 from capsjax.run.pictures import write_pictures
 from capsjax.run.plan import make_plan
 from capsjax.run.settings import Settings
+from capsjax.tasks import batch_shape
 from capsjax.train import TrainState, merge
 
 
@@ -57,21 +59,28 @@ def run(experiment: Experiment, settings: Settings) -> Result:
 
 def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    machine.configure()
-    settings = parse(args, experiment)
-    with refusals():
-        processes.join(settings.processes, testing=settings.run.testing)
-        if settings.run.save_dir is not None and settings.run.resume is None:
-            refuse_run(settings.run.save_dir)
     try:
+        machine.configure()
+        settings = parse(args, experiment)
+        with refusals():
+            processes.join(settings.processes, testing=settings.run.testing)
         with processes.end_together(), contextlib.ExitStack() as stack:
             with refusals():
+                _refuse_used_folder(settings)
                 runner, opened = prepare(experiment, settings, stack)
             with failures(opened.folder):
                 test = finish(runner, opened).test
             print(f"test error: {test.error:.2f} % ({test.wrong} of {test.examples})")
     except KeyboardInterrupt:  # before the first step or after the last
         raise SystemExit(130) from None
+
+
+def _refuse_used_folder(settings: Settings) -> None:
+    """Raises ValueError, in all processes, if a new run is to begin in a folder that holds one."""
+    folder = settings.run.save_dir
+    if folder is not None and settings.run.resume is None:
+        processes.agree("folders", int(holds_run(folder)))
+        refuse_run(folder)
 
 
 @contextlib.contextmanager
@@ -118,8 +127,23 @@ def _leave(
     # Arrays of this process alone, because the others do not take part in the computations here.
     model = merge(plan.setup.graphdef, jax.device_get(state))
     if not run.testing:
-        notes = {"preset": plan.settings.recipe.preset, "test_error": round(test.error, 4)}
+        notes = {
+            "preset": plan.settings.recipe.preset,
+            "test_error": round(test.error, 4),
+            "commit": describe_provenance()["git"],
+        }
         weights.save(model, folder / "weights.safetensors", notes)
     tested = run.weights_folder if run.testing else None
     rows = read_rows(tested or folder, plan.columns)
-    write_pictures(folder, model, data.x_test, data.y_test, predicted, data.class_names, rows)
+    x_test = _show_test_images(runner)
+    write_pictures(folder, model, x_test, data.y_test, predicted, data.class_names, rows)
+
+
+def _show_test_images(runner: Runner) -> np.ndarray:
+    """Returns the test images as the task makes them, uint8 [N, H, W, C]."""
+    data, task = runner.plan.dataset, runner.plan.setup.task
+    if batch_shape(task, data.x_test, data.y_test) == data.image_shape:
+        return data.x_test
+    images, labels = jnp.asarray(data.x_test), jnp.asarray(data.y_test)
+    batch = task.test_batch(images, labels, np.arange(len(data.y_test)))
+    return np.rint(255 * np.asarray(batch.images)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The pictures of a run: each is made, shows what it should, and is written whole or not at all."""
+"""The pictures of a run: what each shows, and that it is written whole or not at all."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import capsjax
-import pictures
+from capsjax.run import pictures
 
 NAMES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png")
 ROWS = [{"epoch": "1", "train_error": "4.2", "validation_error": "", "test_error": "3.1"}]
 
 
-def network(shape, classes):
-    """A small one; its numbers are NumPy's, since jax compiles a generator for every shape."""
+def make_network(shape, num_classes):
+    """Draws a small network with NumPy, because JAX would compile an initializer per shape."""
     abstract = nnx.eval_shape(
-        lambda: capsjax.nn.CapsNet(
-            shape, classes, channels=4, types=1, hidden=(8,), kernel_size=5, rngs=nnx.Rngs(0)
+        lambda: capsjax.CapsNet(
+            shape, num_classes, channels=4, types=1, hidden=(8,), kernel_size=5, rngs=nnx.Rngs(0)
         )
     )
     graphdef, params = nnx.split(abstract)
@@ -29,18 +29,18 @@ def network(shape, classes):
     )
 
 
-def images(number, shape):
+def make_images(number, shape):
     return np.random.default_rng(0).integers(0, 256, (number, *shape), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("shape", "classes", "number"), [((28, 28, 1), 10, 70), ((18, 25, 3), 47, 3)]
+    ("shape", "num_classes", "number"), [((28, 28, 1), 10, 70), ((18, 25, 3), 47, 3)]
 )
-def test_each_picture_is_made_and_has_content(tmp_path, shape, classes, number):
-    x, y = images(number, shape), np.arange(number, dtype=np.int32) % classes
-    names = [f"class name {n}" for n in range(classes)]
-    wrong = (y + 1) % classes
-    pictures.write_pictures(tmp_path, network(shape, classes), x, y, wrong, names, ROWS)
+def test_each_picture_is_made_and_has_content(tmp_path, shape, num_classes, number):
+    x, y = make_images(number, shape), np.arange(number, dtype=np.int32) % num_classes
+    names = [f"class name {n}" for n in range(num_classes)]
+    wrong = (y + 1) % num_classes
+    pictures.write_pictures(tmp_path, make_network(shape, num_classes), x, y, wrong, names, ROWS)
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES)
     for name in NAMES:
         with Image.open(tmp_path / name) as picture:
@@ -50,13 +50,13 @@ def test_each_picture_is_made_and_has_content(tmp_path, shape, classes, number):
 
 
 def test_two_classes_and_no_row_of_metrics_make_every_picture_but_the_curves(tmp_path):
-    x, y = images(2, (16, 16, 1)), np.array([0, 1], np.int32)
-    pictures.write_pictures(tmp_path, network((16, 16, 1), 2), x, y, y, "01", [])
+    x, y = make_images(2, (16, 16, 1)), np.array([0, 1], np.int32)
+    pictures.write_pictures(tmp_path, make_network((16, 16, 1), 2), x, y, y, "01", [])
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"curves.png"}
 
 
 def test_a_number_moved_by_nothing_leaves_the_reconstruction():
-    model, image = network((16, 16, 1), 3), images(1, (16, 16, 1))[0]
+    model, image = make_network((16, 16, 1), 3), make_images(1, (16, 16, 1))[0]
     moved = pictures.perturbed(model, image, np.array([-0.25, 0.0, 0.25]))
     assert moved.shape == (16, 3, 16, 16, 1)
     expected = capsjax.predict(model, image).reconstruction
@@ -64,7 +64,7 @@ def test_a_number_moved_by_nothing_leaves_the_reconstruction():
 
 
 def test_each_number_of_the_longest_capsule_is_moved_by_itself():
-    model, image = network((16, 16, 1), 3), images(1, (16, 16, 1))[0]
+    model, image = make_network((16, 16, 1), 3), make_images(1, (16, 16, 1))[0]
     moved = pictures.perturbed(model, image, pictures.OFFSETS)
     capsules = model(jnp.asarray(image / 255, jnp.float32)).capsules
     longest = int(capsjax.length(capsules).argmax())

@@ -1,4 +1,4 @@
-"""The command line and config.json: what may be said, and what everything else gets."""
+"""The command line and config.json: what each flag sets, and what is refused in words."""
 
 import dataclasses
 import json
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import make_arguments, read_tree, run_command, write_images
 
-from capsjax.presets import PRESETS
-from settings import Images, Recipe, Run, Settings, from_json, parse, to_json
-from tiny_run import command_line, experiment, tree, write_images
+from capsjax.presets import Training
+from capsjax.run import Experiment, Images, Recipe, Run, Settings
+from capsjax.run.command_line import parse
+from capsjax.run.settings import from_json, to_json
 
 NUMBERS = {
     "routings": int,
@@ -20,6 +22,7 @@ NUMBERS = {
     "lr_decay": float,
     "lam_recon": float,
     "shift_pixels": int,
+    "average": float,
     "seed": int,
     "train_size": int,
     "validation": int,
@@ -27,34 +30,34 @@ NUMBERS = {
     "devices": int,
 }
 MAY_BE_ZERO = ("lam_recon", "shift_pixels", "seed", "validation")
-MAY_BE_NONE = ("lr_decay", "lam_recon", "train_size", "devices")
+MAY_BE_NONE = ("routings", "lr_decay", "lam_recon", "average", "train_size", "devices")
 
 
-def parsed(**flags) -> Settings:
-    return parse(command_line(**flags), PRESETS)
+def parse_flags(**flags) -> Settings:
+    return parse(make_arguments(**flags), Experiment())
 
 
-def flat(settings: Settings) -> dict:
-    groups = (settings.recipe, settings.images, settings.run)
+def flatten(settings: Settings) -> dict:
+    groups = (settings.recipe, settings.training, settings.images, settings.run)
     return {name: v for group in groups for name, v in dataclasses.asdict(group).items()}
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Calls the experiment with what it must refuse, and gives its message back as one line."""
+    """Runs a command that must be refused, and returns its message as one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     path = write_images(tmp_path / "tiny.npz")
 
     def call(**flags) -> str:
-        before = tree(tmp_path)
+        before = read_tree(tmp_path)
         given: dict[str, Any] = {"data_dir": path, **flags}
-        ended = experiment(**given)
-        assert ended.status == 2
-        assert "Traceback" not in ended.out + ended.err
-        assert ended.err.count("\n") <= 20
-        assert tree(tmp_path) == before
-        return " ".join(re.sub("[│╭╮╰╯─]", " ", ended.err).split())
+        outcome = run_command(**given)
+        assert outcome.status == 2
+        assert "Traceback" not in outcome.out + outcome.err
+        assert outcome.err.count("\n") <= 20
+        assert read_tree(tmp_path) == before
+        return " ".join(re.sub("[│╭╮╰╯─]", " ", outcome.err).split())
 
     return call
 
@@ -63,25 +66,25 @@ def refused(tmp_path, monkeypatch):
 
 
 def test_without_flags_the_settings_are_the_seed_presets():
-    recipe = Recipe(
-        preset="seed",
-        routings=3,
+    recipe = Recipe(preset="seed", routings=3, precision="float32", seed=0)
+    training = Training(
         epochs=50,
         batch_size=100,
         lr=1e-3,
         lr_decay=0.9,
         lam_recon=None,
         shift_pixels=2,
-        precision="float32",
-        seed=0,
+        average=None,
     )
-    assert parsed() == Settings(recipe, Images(), Run()) == Settings()
+    assert parse_flags() == Settings(recipe, training, Images(), Run()) == Settings()
 
 
 def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
-    recipe = parsed(preset="paper").recipe
-    assert (recipe.epochs, recipe.batch_size, recipe.lr_decay) == (640, 128, None)
-    assert parsed(preset="paper", epochs=3).recipe == dataclasses.replace(recipe, epochs=3)
+    training = parse_flags(preset="paper").training
+    assert (training.epochs, training.batch_size, training.lr_decay) == (640, 128, None)
+    changed = parse_flags(preset="paper", epochs=3)
+    assert changed.training == dataclasses.replace(training, epochs=3)
+    assert changed.recipe == Recipe(preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
         ("lr_decay", 1.0),
         ("lam_recon", 0.0),
         ("shift_pixels", 0),
+        ("average", 0.999),
         ("precision", "bfloat16"),
         ("seed", 2**63 - 1),
         ("dataset", "emnist/letters"),
@@ -105,28 +109,28 @@ def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
         ("save_dir", Path("out")),
         ("checkpoint_steps", 5),
         ("devices", 3),
-        ("weights", Path(__file__)),  # a file that is there
+        ("weights", Path(__file__)),  # any file that exists
     ],
 )
 def test_every_flag_sets_what_it_names(flag, value):
-    assert flat(parsed(**{flag: value}))[flag] == value
+    assert flatten(parse_flags(**{flag: value}))[flag] == value
 
 
 @pytest.mark.parametrize("flag", MAY_BE_NONE)
 def test_none_asks_for_what_follows_from_the_rest(flag):
-    assert flat(parse([f"--{flag.replace('_', '-')}", "None"], PRESETS))[flag] is None
+    assert flatten(parse([f"--{flag.replace('_', '-')}", "None"], Experiment()))[flag] is None
 
 
-def test_settings_come_back_from_json_as_they_were():
-    settings = parsed(
-        preset="paper", lam_recon=2.0, data_dir="/a/b.npz", validation=5, save_dir="/r", devices=2
+def test_json_keeps_the_settings():
+    settings = parse_flags(
+        preset="paper", average=0.9, data_dir="/a/b.npz", validation=5, save_dir="/r", devices=2
     )
     assert from_json(json.loads(json.dumps(to_json(settings)))) == settings
 
 
 def test_config_json_holds_whole_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    groups = to_json(parsed(data_dir="a/b.npz", save_dir="r"))
+    groups = to_json(parse_flags(data_dir="a/b.npz", save_dir="r"))
     assert groups["images"]["data_dir"] == str(tmp_path / "a" / "b.npz")
     assert groups["run"]["save_dir"] == str(tmp_path / "r")
 
@@ -137,7 +141,7 @@ def test_help_names_every_flag_its_default_and_unit_and_fits_the_terminal(
 ):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
-        parsed(help=True)
+        parse_flags(help=True)
     assert end.value.code == 0
     page = capsys.readouterr().out
     lines = page.splitlines()[1:]  # the first is the usage, with the path of the script
@@ -146,14 +150,14 @@ def test_help_names_every_flag_its_default_and_unit_and_fits_the_terminal(
     names = [f.name for g in vars(Settings()).values() for f in dataclasses.fields(g)]
     for name in names:
         assert f"--{name.replace('_', '-')} " in words
-    for unit in ("pixels", "each epoch", "Passes", "Images a step", "Steps between"):
+    for unit in ("pixels", "per epoch", "Passes", "Images per step", "Steps between"):
         assert unit in words
     assert words.count("(default:") == len(names)
 
 
 def test_help_of_a_preset_shows_its_defaults(capsys):
     with pytest.raises(SystemExit):
-        parsed(preset="paper", help=True)
+        parse_flags(preset="paper", help=True)
     assert "(default: 640)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -188,6 +192,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
     ("flags", "words"),
     [
         ({"lr_decay": 1.5}, ["--lr-decay must be above 0 and at most 1", "1.5"]),
+        ({"average": 1.0}, ["--average must be between 0 and 1, got 1.0"]),
         ({"seed": 2**63}, ["--seed must be from 0", str(2**63)]),
         ({"preset": "best"}, ["'best'", "--preset", "'seed'", "'paper'"]),
         ({"precision": "float16"}, ["'float16'", "--precision", "'float32'", "'bfloat16'"]),
@@ -242,6 +247,6 @@ def test_what_does_not_fit_is_refused_in_words(refused, flags, words):
 
 def test_a_flag_without_its_value_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
-        parse(["--save-dir"], PRESETS)
+        parse(["--save-dir"], Experiment())
     assert end.value.code == 2
     assert "--save-dir" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""The benchmark's tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarking.stages import COPY, PEAKS, PRODUCT
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def show_contest(results: Results) -> None:
+    """Prints a line for each contender; × is the speed as a multiple of the first line's."""
+    print(f"\n{'':45}{'loss':>8}{'train':>9}{'':>7}{'forward':>10}{'':>7}{'memory':>10}")
+    base = next(iter(results.values()))
+    for name, result in results.items():
+        train, forward = (base[task] / result[task] for task in ("train", "forward"))
+        print(
+            f"{name:45}{result['losses'][0]:8.5f}{1e3 * result['train']:6.0f} ms{train:6.1f}×"
+            f"{1e3 * result['forward']:7.0f} ms{forward:6.1f}×{result['memory']:6.0f} MiB"
+        )
+
+
+def show_growth(results: Results) -> None:
+    """Prints what more routings cost."""
+    few, many = (result["train"] for result in results.values())
+    print(
+        f"\nroutings 3 -> 10: {1e3 * few:.0f} -> {1e3 * many:.0f} ms a step, {many / few - 1:+.0%}"
+    )
+
+
+def show_sizes(results: Results) -> None:
+    """Prints the speed at each batch size."""
+    print("\nbatch size    " + "".join(f"{size:>8}" for size in results))
+    speeds = [result["batch"] / result["train"] for result in results.values()]
+    print("images/s      " + "".join(f"{speed:8.0f}" for speed in speeds))
+    print("of the best   " + "".join(f"{speed / max(speeds):8.0%}" for speed in speeds))
+
+
+def show_stages(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints a line for each stage, with the milliseconds that the peaks alone would take.
+
+    Rates count the direct algorithm, so a fast one may exceed the peak.
+    """
+    flops = results[PRODUCT]["flop"] / results[PRODUCT]["capsjax"]
+    bandwidth = results[COPY]["bytes"] / results[COPY]["capsjax"]
+    print(f"\npeaks: {flops / 1e9:.0f} GFLOP/s (product), {bandwidth / 1e9:.1f} GB/s (copy)")
+    print(f"{'stage':40}{'ms':>7}{'PyTorch':>9}{'GFLOP/s':>9}{'GB/s':>7}{'floors, ms':>16}")
+    for name, result in results.items():
+        if name not in PEAKS:
+            print(f"{name:40}{_format_stage(result, flops, bandwidth)}")
+
+
+def _format_stage(result: Mapping[str, float], flops: float, bandwidth: float) -> str:
+    seconds = result["capsjax"]
+    torch = f"{1e3 * result['torch']:9.1f}" if "torch" in result else f"{'-':>9}"
+    return (
+        f"{1e3 * seconds:7.1f}{torch}{result['flop'] / seconds / 1e9:9.0f}"
+        f"{result['bytes'] / seconds / 1e9:7.1f}"
+        f"{1e3 * result['flop'] / flops:9.1f}{1e3 * result['bytes'] / bandwidth:7.1f}"
+    )

@@ -1,0 +1,115 @@
+"""The tasks that are timed in PyTorch: those of `capsjax_tasks`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarking import torch_capsnet
+from benchmarking.contender import Contender, Inputs, Tasks
+from benchmarking.stages import draw_arrays
+
+
+def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]:
+    """Returns tasks to time, and figures known without timing, of which there are none."""
+    net: Any = torch_capsnet.CapsNet(inputs, contender.routings, contender.rewritten)
+    x, y = _to_tensors(inputs, contender.batch_size)
+    if contender.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=contender.rewritten or None)
+    if contender.compiled:
+        net = torch.compile(net)
+    low = contender.dtype == "bfloat16"
+
+    def train() -> float:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            lengths, reconstruction = net(x, y)
+        value = torch_capsnet.compute_loss(lengths.float(), y, x, reconstruction.float())
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            net(x)
+
+    return {"train": train, "forward": forward}, {}
+
+
+def _to_tensors(inputs: Inputs, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns images [B, 1, 28, 28], pixels from 0 to 1, and labels [B]."""
+    pixels = inputs["x"][:batch].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return torch.from_numpy(pixels), torch.from_numpy(inputs["y"][:batch]).long()
+
+
+def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:
+    """Returns each stage of a step as a task to time."""
+    net = torch_capsnet.CapsNet(inputs)
+    tensors = {name: torch.from_numpy(array) for name, array in draw_arrays(batch).items()}
+    for name in ("x", "h", "dy"):
+        tensors[name] = tensors[name].permute(0, 3, 1, 2).contiguous()
+    return {
+        **_make_conv_tasks(net, tensors),
+        **_make_capsule_tasks(net, tensors),
+        **_make_decoder_tasks(net, tensors),
+        **_make_optimizer_tasks(net),
+    }
+
+
+def _make_conv_tasks(net: Any, tensors: dict[str, torch.Tensor]) -> Tasks:
+    x, h, dy = tensors["x"], tensors["h"], tensors["dy"]
+    image = h.clone().requires_grad_()
+    first, second = [*net.conv1.parameters()], [*net.conv2.parameters()]
+    return {
+        "conv1 forward": _run_forward(lambda: net.conv1(x)),
+        "conv1 kernel gradient": _run_backward(net.conv1(x), first, h),
+        "conv2 forward": _run_forward(lambda: net.conv2(h)),
+        "conv2 image gradient": _run_backward(net.conv2(image), [image], dy),
+        "conv2 kernel gradient": _run_backward(net.conv2(h), second, dy),
+    }
+
+
+def _make_capsule_tasks(net: Any, tensors: dict[str, torch.Tensor]) -> Tasks:
+    u, cotangent = tensors["u"].requires_grad_(), tensors["v"].detach()
+
+    def layer() -> torch.Tensor:
+        return net.route(net.predict(u))
+
+    return {
+        "predictions and routing forward": _run_forward(layer),
+        "predictions and routing with gradients": _run_both(layer, [net.weight, u], cotangent),
+    }
+
+
+def _make_decoder_tasks(net: Any, tensors: dict[str, torch.Tensor]) -> Tasks:
+    v, target = tensors["v"].clone().requires_grad_(), tensors["x"].flatten(1)
+
+    def loss() -> torch.Tensor:
+        kept = torch.cat([v[:, :1], torch.zeros_like(v[:, 1:])], 1)
+        return functional.mse_loss(net.decoder(kept.flatten(1)), target)
+
+    return {"decoder with gradients": _run_both(loss, [v, *net.decoder.parameters()])}
+
+
+def _make_optimizer_tasks(net: Any) -> Tasks:
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return {"optimiser": optimizer.step}
+
+
+def _run_forward(function: Callable) -> Callable[[], Any]:
+    return torch.no_grad()(function)
+
+
+def _run_backward(output: torch.Tensor, wanted: Any, cotangent: Any) -> Callable[[], Any]:
+    """Returns a task of the backward pass alone: one forward pass's graph is kept."""
+    return lambda: torch.autograd.grad(output, wanted, cotangent, retain_graph=True)
+
+
+def _run_both(function: Callable, wanted: Any, cotangent: Any = None) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(function(), wanted, cotangent)

@@ -1,0 +1,13 @@
+"""The file that all processes of the benchmark read."""
+
+import pytest
+
+from benchmarking.capsjax_tasks import write_inputs
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Two images and the initial parameters."""
+    path = tmp_path_factory.mktemp("benchmark") / "inputs.npz"
+    write_inputs(path, 2)
+    return path

@@ -1,0 +1,78 @@
+"""What a run asks of its process before JAX starts: its allocator and compilation cache."""
+
+from pathlib import Path
+from unittest import mock
+
+import jax
+import pytest
+
+from capsjax.run import Experiment, machine, main
+
+
+@pytest.fixture
+def cache_folder():
+    """Returns JAX's setting, which `machine.configure` may change."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def c_library(monkeypatch):
+    """Stands in for the C library, so that this process keeps its allocator's settings."""
+    library = mock.Mock()
+    monkeypatch.setattr(machine.ctypes, "CDLL", library)
+    return library
+
+
+def test_main_configures_the_process_first():
+    fail = mock.patch.object(machine, "configure", side_effect=MemoryError)
+    with fail, pytest.raises(MemoryError):
+        main(Experiment(), ["--no-such-flag"])
+
+
+def test_compiled_code_is_kept_below_xdg_cache_home(cache_folder, c_library, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine.configure()
+    assert Path(cache_folder()).parent == tmp_path / "capsjax"
+    assert jax.__version__ in cache_folder()
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
+def test_without_xdg_cache_home_compiled_code_is_kept_in_the_home_folder(
+    cache_folder, c_library, tmp_path, monkeypatch, value
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    machine.configure()
+    assert Path(cache_folder()).parent == tmp_path / ".cache" / "capsjax"
+
+
+def test_a_compile_cache_that_the_user_set_stays(cache_folder, c_library, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    machine.configure()
+    assert cache_folder() == str(tmp_path)
+
+
+def test_the_allocator_is_set_on_linux_only(cache_folder, c_library, monkeypatch):
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    machine.configure()
+    assert c_library.return_value.mallopt.call_count == 4
+    machine.return_freed_memory()
+    c_library.return_value.malloc_trim.assert_called_once_with(0)
+    c_library.reset_mock()
+    for platform in ("darwin", "win32"):
+        monkeypatch.setattr(machine.sys, "platform", platform)
+        machine.configure()
+        machine.return_freed_memory()
+    c_library.assert_not_called()
+
+
+def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
+    machine.configure()
+    machine.return_freed_memory()

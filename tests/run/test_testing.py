@@ -1,0 +1,65 @@
+"""--testing: a run or a file is tested as it was when it was trained, and nothing is trained."""
+
+import shutil
+
+import pytest
+from test_output import PICTURES
+from tiny_run import read_rows, read_tree, run_command
+
+
+def test_testing_prints_loss_and_error_and_draws_again_with_no_training(copied, plain):
+    for name in PICTURES:
+        (copied / name).unlink()
+    before = read_tree(copied)
+    outcome = run_command(testing=True, weights=copied, pictures=True)
+    assert outcome.status == 0
+    lines = outcome.out.splitlines()
+    row = read_rows(plain.folder)[-1]
+    assert f"test loss: {row['test_loss']}" in lines
+    assert lines[-1] == plain.out.splitlines()[-1]
+    assert not [line for line in lines if line.startswith("epoch")]
+    after = read_tree(copied)
+    assert after.keys() - before.keys() == set(PICTURES)
+    assert {name: after[name] for name in before} == before
+
+
+def test_testing_into_another_folder_leaves_the_run_alone(plain, tmp_path):
+    before = read_tree(plain.folder)
+    new = tmp_path / "new"
+    outcome = run_command(testing=True, weights=plain.folder, save_dir=new, pictures=True)
+    assert outcome.status == 0
+    assert {*read_tree(new)} == {*PICTURES, ".lock"}
+    assert read_tree(plain.folder) == before
+
+
+def test_testing_takes_the_settings_of_the_run(trained):
+    folder = trained(preset="paper").folder
+    outcome = run_command(testing=True, weights=folder)
+    assert outcome.out.splitlines()[-1] == trained(preset="paper").out.splitlines()[-1]
+
+
+def test_the_file_that_a_run_leaves_is_tested_as_the_run_is(plain, base, tmp_path):
+    file = tmp_path / "net.safetensors"
+    shutil.copy(plain.folder / "weights.safetensors", file)
+    flags = {"data_dir": base["data_dir"], "save_dir": tmp_path / "tested"}
+    outcome = run_command(testing=True, weights=file, pictures=True, **flags)
+    assert outcome.status == 0, outcome.err
+    assert f"of {file}\n" in outcome.out
+    assert outcome.out.splitlines()[-1] == plain.out.splitlines()[-1]
+    assert {*read_tree(tmp_path / "tested")} == {*PICTURES[1:], ".lock"}
+
+
+@pytest.mark.parametrize("asked", [None, 2, 1])
+def test_a_file_brings_its_iterations_of_routing_unless_others_are_asked_for(
+    trained, base, tmp_path, asked
+):
+    outcome = run_command(
+        testing=True,
+        weights=trained(routings=2).folder / "weights.safetensors",
+        routings=asked,
+        data_dir=base["data_dir"],
+        save_dir=tmp_path,
+    )
+    assert outcome.drawn[0].class_caps.routing.iterations == (asked or 2)
+    expected = trained(routings=2).out.splitlines()[-1]
+    assert asked == 1 or outcome.out.splitlines()[-1] == expected

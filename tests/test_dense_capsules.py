@@ -1,0 +1,150 @@
+"""Routing by agreement without the votes, and the value that a capsule layer takes."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_shape
+
+import capsjax
+import reference
+from capsjax import Agreement
+from capsjax._routing import dense
+
+J, N, D, K = 3, 5, 4, 2  # output and input capsules, and their dimensions
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+@pytest.fixture
+def bias(rng):
+    return jnp.asarray(rng.normal(size=(J, D)), jnp.float32)
+
+
+def test_the_capsule_layer_equals_the_paper(rng, lead, dtype, call):
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), dtype)
+    u = jnp.asarray(rng.normal(size=(*lead, N, K)), dtype)
+    v = call(lambda u: capsjax.dense_capsules(u, weight), u)
+    assert_shape(v, (*lead, J, D))
+    assert v.dtype == dtype
+    u_hat = reference.predictions(float64(u), float64(weight))
+    _, _, expected = reference.routing_state(u_hat, 3)
+    tolerance = {"float32": 2e-5, "bfloat16": 3e-2}[dtype.__name__]
+    np.testing.assert_allclose(float64(v), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("order", ["_map_by_platform", "_map_together", "_map_in_turn"])
+@pytest.mark.parametrize("routings", [1, 3])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_the_capsule_layer_has_routings_value_and_gradients(
+    rng, bias, order, routings, stop_gradient, monkeypatch
+):
+    monkeypatch.setattr(dense, "_map_by_platform", getattr(dense, order))
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
+    u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
+    cotangent = jnp.asarray(rng.normal(size=(2, J, D)), jnp.float32)
+    options = {"routings": routings, "stop_gradient": stop_gradient}
+
+    def layer(u, weight, bias):
+        v = capsjax.dense_capsules(u, weight, bias=bias, **options)
+        return jnp.vdot(v, cotangent), v
+
+    def composed(u, weight, bias):
+        v = capsjax.routing(capsjax.predictions(u, weight), bias=bias, **options)
+        return jnp.vdot(v, cotangent), v
+
+    results = [
+        jax.jit(jax.grad(function, (0, 1, 2), has_aux=True))(u, weight, bias)
+        for function in (layer, composed)
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "platforms"), [(10, ["cpu"]), (1000, ["cpu", "cuda", "tpu"])])
+def test_classes_take_turns_where_they_are_many_and_on_a_cpu(classes, platforms):
+    u = jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)
+    weight = jax.ShapeDtypeStruct((classes, 1152, 16, 8), jnp.float32)
+    traced = jax.jit(jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1))).trace
+    lowered = {
+        platform: traced(u, weight).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert [name for name, text in lowered.items() if "stablehlo.while" in text] == platforms
+
+
+def test_the_memory_of_the_capsule_layer_does_not_hold_the_predictions():
+    batch, classes, inputs, d, k = 32, 200, 500, 16, 2
+    u = jax.ShapeDtypeStruct((batch, inputs, k), jnp.float32)
+    weight = jax.ShapeDtypeStruct((classes, inputs, d, k), jnp.float32)
+    step = jax.jit(jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1)))
+    memory: Any = step.lower(u, weight).compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < 4 * batch * classes * inputs * d / 2
+
+
+@pytest.mark.parametrize(
+    ("u", "bias", "words"),
+    [((2, N + 1, K), None, "expected input capsules"), ((2, N, K), (J,), "expected a bias")],
+)
+def test_the_capsule_layer_refuses_shapes_that_do_not_fit(u, bias, words):
+    bias = None if bias is None else jnp.zeros(bias)
+    with pytest.raises(ValueError, match=words):
+        jax.jit(lambda u, w: capsjax.dense_capsules(u, w, bias=bias))(
+            jnp.zeros(u), jnp.zeros((J, N, D, K))
+        )
+
+
+@pytest.mark.parametrize(
+    ("agreement", "options"),
+    [
+        (Agreement(), {"routings": 3}),
+        (Agreement(2), {"routings": 2}),
+        (Agreement(2, stop_gradient=False), {"routings": 2, "stop_gradient": False}),
+    ],
+)
+def test_agreement_is_the_capsule_layer_with_its_options(rng, bias, agreement, options):
+    weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
+    u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
+
+    def value_and_gradient(layer):
+        total = lambda u: jnp.sum(jnp.sin(layer(u)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(total))(u)
+
+    for added in (None, bias):
+        chex.assert_trees_all_equal(
+            value_and_gradient(lambda u, added=added: agreement(u, weight, added)),
+            value_and_gradient(
+                lambda u, added=added: capsjax.dense_capsules(u, weight, bias=added, **options)
+            ),
+        )
+
+
+def test_equal_agreements_are_one_value_and_compiled_once():
+    assert Agreement(3) == Agreement() != Agreement(2)
+    assert hash(Agreement(3)) == hash(Agreement())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Agreement().iterations = 2  # type: ignore[misc]
+    layer = chex.assert_max_traces(lambda agreement, u, w: agreement(u, w), n=1)
+    once = jax.jit(layer, static_argnums=0)
+    for _ in range(2):
+        once(Agreement(2), jnp.ones((N, K)), jnp.ones((J, N, D, K)))
+
+
+def test_agreement_asks_for_a_bias_only_if_it_has_one():
+    assert Agreement(bias=True).bias_shape(J, N, D) == (J, D)
+    assert Agreement().bias_shape(J, N, D) is None
+
+
+@pytest.mark.parametrize("iterations", [0, -1, 1.5, 3.0, True, None, "3"])
+def test_agreement_refuses_what_is_no_number_of_iterations(iterations):
+    with pytest.raises(ValueError, match=f"int of 1 or more, got {iterations!r}"):
+        Agreement(iterations)
+
+
+def test_agreement_is_known_by_its_name():
+    assert capsjax.ROUTINGS[Agreement.name] is Agreement
