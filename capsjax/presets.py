@@ -35,8 +35,7 @@ class Training:
     lr: float = 1e-3
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
-    """Factor on the learning rate per epoch. None: 0.96^150 over all epochs (paper), or a cosine
-    that ends at 0 (best)."""
+    """Factor on the learning rate per epoch. None: 0.96^150 in all (paper), a cosine to 0 (best)."""
     lam_recon: float | None = None
     """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
     shift_pixels: float = 2
@@ -79,7 +78,7 @@ class Preset:
     network: NetworkConfig
     training: Training
     recon_per_pixel: float = 0.0005
-    lr_total_decay: float | None = None
+    lr_total_decay: float | None = 1.0
     lr_staircase: bool = True
     lr_floor: float = 0.0
 
@@ -143,6 +142,7 @@ BEST = Preset(
         zoom=0.2,
         average=0.999,
     ),
+    lr_total_decay=None,
 )
 
 PRESETS = {"seed": SEED, "paper": PAPER, "best": BEST}

@@ -21,7 +21,10 @@ NUMBERS = {
     "lr": float,
     "lr_decay": float,
     "lam_recon": float,
-    "shift_pixels": int,
+    "shift_pixels": float,
+    "rotation": float,
+    "shear": float,
+    "zoom": float,
     "average": float,
     "seed": int,
     "train_size": int,
@@ -29,7 +32,7 @@ NUMBERS = {
     "checkpoint_steps": int,
     "devices": int,
 }
-MAY_BE_ZERO = ("lam_recon", "shift_pixels", "seed", "validation")
+MAY_BE_ZERO = ("lam_recon", "shift_pixels", "rotation", "shear", "zoom", "seed", "validation")
 MAY_BE_NONE = ("routings", "lr_decay", "lam_recon", "average", "train_size", "devices")
 
 
