@@ -35,7 +35,7 @@ class Training:
     lr: float = 1e-3
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
-    """Factor on the learning rate per epoch. None: 0.96^150 in all (paper), a cosine to 0 (best)."""
+    """Factor on the learning rate per epoch. None: 0.96^150 in all (paper), cosine to 0 (best)."""
     lam_recon: float | None = None
     """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
     shift_pixels: float = 2
