@@ -16,7 +16,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (lambda value: 0 < value < math.inf, "a number above 0"),
     "lr_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "lam_recon": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
-    "shift_pixels": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
+    "shift_pixels": (lambda value: 0 <= value < math.inf, "0 or more"),
     "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
     "shear": (lambda value: 0 <= value <= 80, "from 0 to 80"),
     "zoom": (lambda value: 0 <= value <= 0.9, "from 0 to 0.9"),

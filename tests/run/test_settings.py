@@ -197,7 +197,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ({"lr_decay": 1.5}, ["--lr-decay must be above 0 and at most 1", "1.5"]),
         ({"average": 1.0}, ["--average must be between 0 and 1, got 1.0"]),
         ({"seed": 2**63}, ["--seed must be from 0", str(2**63)]),
-        ({"preset": "best"}, ["'best'", "--preset", "'seed'", "'paper'"]),
+        ({"preset": "worst"}, ["'worst'", "--preset", "'seed'", "'paper'"]),
         ({"precision": "float16"}, ["'float16'", "--precision", "'float32'", "'bfloat16'"]),
         ({"testing": True}, ["--testing needs --weights"]),
         ({"no_such_flag": True}, ["--no-such-flag"]),
