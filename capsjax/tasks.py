@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from capsjax._labels import to_targets
 from capsjax._losses import margin_loss, reconstruction_loss
 from capsjax._pixels import to_unit_interval
-from capsjax.data import shift
+from capsjax.data import shift, warp
 from capsjax.networks import Network, Output
 
 
@@ -55,20 +55,34 @@ class Classification:
     Args:
       lam_recon: the weight of the reconstruction loss.
       shift_pixels: the largest shift of a training image in each direction, in pixels.
+      rotation: the largest rotation of a training image either way, in degrees.
+      shear: the largest shear either way, in degrees.
+      zoom: the largest change of scale, along rows and columns by itself; 0.2 for 0.8 to 1.2.
 
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5.
     """
 
     lam_recon: float
-    shift_pixels: int = 0
+    shift_pixels: float = 0
+    rotation: float = 0
+    shear: float = 0
+    zoom: float = 0
 
     def train_batch(
         self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
     ) -> Batch:
-        """Gathers the examples and shifts each image at random."""
-        shifted = to_unit_interval(shift(key, images[indices], self.shift_pixels))
-        return Batch(shifted, labels[indices], shifted)
+        """Gathers the examples and moves each image at random.
+
+        Whole pixels are shifted exactly; anything else is one bilinear warp.
+        """
+        pixels, whole = images[indices], self.shift_pixels == int(self.shift_pixels)
+        if whole and not (self.rotation or self.shear or self.zoom):
+            moved = to_unit_interval(shift(key, pixels, int(self.shift_pixels)))
+        else:
+            limits = {"rotation": self.rotation, "shear": self.shear, "zoom": self.zoom}
+            moved = warp(key, to_unit_interval(pixels), shift=self.shift_pixels, **limits)
+        return Batch(moved, labels[indices], moved)
 
     def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
         """Gathers the examples."""

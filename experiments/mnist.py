@@ -11,7 +11,7 @@ JAX 0.12, float32) and ends with a test error of 1.24 %. The paper reports 0.25 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.
 """
 
-from capsjax.presets import PAPER, SEED
+from capsjax.presets import BEST, PAPER, SEED
 from capsjax.run import Experiment, main
 
 MNIST = Experiment(
@@ -19,6 +19,7 @@ MNIST = Experiment(
     presets={
         "seed": SEED,  # the widespread re-implementation; the default
         "paper": PAPER,  # the authors' released code
+        "best": BEST,  # seed with warped images and averaged weights
     },
     dataset="mnist",
 )

@@ -15,7 +15,7 @@ import capsjax
 import tiny
 from capsjax import Agreement, weights
 from capsjax.networks import CapsNetConfig
-from capsjax.presets import PAPER, PRESETS, SEED, Preset, Training
+from capsjax.presets import BEST, PAPER, PRESETS, SEED, Preset, Training
 
 MNIST = (28, 28, 1)
 
@@ -59,8 +59,30 @@ def test_every_array_has_its_shape_and_all_their_number(preset, more, count):
     assert sum(leaf.size for leaf in found.values()) == count
 
 
-def test_both_presets_are_there_by_name():
-    assert PRESETS == {"seed": SEED, "paper": PAPER}
+def test_the_presets_are_there_by_name():
+    assert PRESETS == {"seed": SEED, "paper": PAPER, "best": BEST}
+
+
+def test_best_trains_the_seeds_network_on_warped_images_and_averages_its_weights():
+    training = BEST.training
+    assert BEST.network == SEED.network
+    assert (training.rotation, training.shear, training.zoom) == (10, 10, 0.2)
+    assert (training.shift_pixels, training.average, training.batch_size) == (2.8, 0.999, 128)
+
+
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_the_rate_of_best_is_half_a_cosine_that_ends_at_0(epochs):
+    training = dataclasses.replace(BEST.training, epochs=epochs)
+    assert BEST.complete(training, MNIST).lr_decay is None
+    steps = np.arange(5 * epochs + 1)
+    rates = np.asarray(BEST.schedule(training, 5)(steps))
+    expected = 1e-3 * (1 + np.cos(np.pi * steps / (5 * epochs))) / 2
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_best_falls_by_a_factor_if_one_is_given():
+    rates = BEST.schedule(dataclasses.replace(BEST.training, lr_decay=0.5), 5)(np.arange(11))
+    np.testing.assert_allclose(rates[jnp.array([0, 5, 10])], [1e-3, 5e-4, 2.5e-4], rtol=1e-5)
 
 
 def test_the_defaults_of_capsnet_are_the_seed_preset():

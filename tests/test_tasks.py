@@ -17,7 +17,7 @@ import capsjax
 import reference
 import tiny
 from capsjax import sharding, train
-from capsjax.data import shift
+from capsjax.data import shift, warp
 from capsjax.networks import Output
 from capsjax.tasks import Batch, Classification, batch_shape
 
@@ -51,6 +51,21 @@ def test_a_training_batch_is_the_examples_shifted_by_the_key(labels, pixels):
     np.testing.assert_array_equal(batch.labels, labels[INDICES])
     other = Classification(0.5, pixels).train_batch(jax.random.key(4), *data, INDICES)
     assert np.any(np.asarray(other.images) != np.asarray(batch.images)) == (pixels > 0)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"rotation": 20}, {"shear": 20}, {"zoom": 0.3}, {"shift_pixels": 0.5}],
+    ids=lambda limits: next(iter(limits)),
+)
+def test_what_is_no_whole_shift_is_one_warp_by_the_key(limits):
+    data = jnp.asarray(IMAGES), jnp.asarray(LABELS)
+    batch = Classification(0.5, **limits).train_batch(KEY, *data, INDICES)
+    pixels = jnp.asarray(IMAGES[INDICES], jnp.float32) / 255
+    named = {"shift" if n == "shift_pixels" else n: limit for n, limit in limits.items()}
+    np.testing.assert_allclose(batch.images, warp(KEY, pixels, **named), atol=1e-6)
+    assert np.abs(batch.images - pixels).max() > 0.01
+    np.testing.assert_array_equal(batch.targets, batch.images)
 
 
 def make_output(rng, *, decoder: bool) -> tuple[Output, Batch]:

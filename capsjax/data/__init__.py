@@ -3,5 +3,6 @@
 from capsjax.data._dataset import DataError, Dataset
 from capsjax.data._load import load
 from capsjax.data._shift import shift
+from capsjax.data._warp import warp
 
-__all__ = ["DataError", "Dataset", "load", "shift"]
+__all__ = ["DataError", "Dataset", "load", "shift", "warp"]

@@ -11,7 +11,13 @@ from capsjax.tasks import Classification, Task
 def make_classification(training: Training) -> Classification:
     """Makes the task of images of one class each."""
     assert training.lam_recon is not None  # the preset gives it where the user does not
-    return Classification(training.lam_recon, training.shift_pixels)
+    return Classification(
+        lam_recon=training.lam_recon,
+        shift_pixels=training.shift_pixels,
+        rotation=training.rotation,
+        shear=training.shear,
+        zoom=training.zoom,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Recipe:
     """The preset gives the defaults here and of the training options: try --preset paper --help."""
 
     preset: str = "seed"
-    """seed: the widespread re-implementation. paper: the authors' released code."""
+    """seed: the widespread re-implementation. paper: the authors' code. best: warped, averaged."""
     routings: int | None = 3
     """Iterations of routing. None: as the preset's network has it."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -136,6 +136,9 @@ def test_config_json_holds_every_setting_versions_device_revision_and_data(plain
             "lr_decay": 0.9,
             "lam_recon": 0.0005 * 100,
             "shift_pixels": 2,
+            "rotation": 0,
+            "shear": 0,
+            "zoom": 0,
             "average": None,
         },
         "images": {

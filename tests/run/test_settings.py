@@ -21,7 +21,10 @@ NUMBERS = {
     "lr": float,
     "lr_decay": float,
     "lam_recon": float,
-    "shift_pixels": int,
+    "shift_pixels": float,
+    "rotation": float,
+    "shear": float,
+    "zoom": float,
     "average": float,
     "seed": int,
     "train_size": int,
@@ -29,7 +32,7 @@ NUMBERS = {
     "checkpoint_steps": int,
     "devices": int,
 }
-MAY_BE_ZERO = ("lam_recon", "shift_pixels", "seed", "validation")
+MAY_BE_ZERO = ("lam_recon", "shift_pixels", "rotation", "shear", "zoom", "seed", "validation")
 MAY_BE_NONE = ("routings", "lr_decay", "lam_recon", "average", "train_size", "devices")
 
 
@@ -194,7 +197,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ({"lr_decay": 1.5}, ["--lr-decay must be above 0 and at most 1", "1.5"]),
         ({"average": 1.0}, ["--average must be between 0 and 1, got 1.0"]),
         ({"seed": 2**63}, ["--seed must be from 0", str(2**63)]),
-        ({"preset": "best"}, ["'best'", "--preset", "'seed'", "'paper'"]),
+        ({"preset": "worst"}, ["'worst'", "--preset", "'seed'", "'paper'"]),
         ({"precision": "float16"}, ["'float16'", "--precision", "'float32'", "'bfloat16'"]),
         ({"testing": True}, ["--testing needs --weights"]),
         ({"no_such_flag": True}, ["--no-such-flag"]),
