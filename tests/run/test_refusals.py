@@ -20,7 +20,7 @@ from tiny_run import STEPS, make_images, read_json, read_tree, run_command, writ
         ("lr", 0.01, 0.001),
         ("lr_decay", 0.5, 0.9),
         ("lam_recon", 10.0, 0.05),
-        ("shift_pixels", 0, 2),
+        ("shift_pixels", 0.5, 2),
         ("average", 0.9, None),
         ("seed", 1, 0),
         ("precision", "bfloat16", "float32"),
