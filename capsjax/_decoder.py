@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax._labels import to_targets
+from capsjax._labels import pick_highest, to_targets
 from capsjax._vectors import float_dtype, length
 
 
@@ -39,7 +39,7 @@ def mask(capsules: ArrayLike, labels: ArrayLike | None = None) -> jax.Array:
     if capsules.ndim < 2:
         raise ValueError(f"mask: expected capsules [..., j, d], got {list(capsules.shape)}")
     if labels is None:
-        labels = jnp.argmax(length(capsules), -1)
+        labels = pick_highest(length(capsules))
     kept = to_targets(labels, capsules.shape[:-1]).astype(capsules.dtype)
     return (capsules * kept[..., None]).reshape(*capsules.shape[:-2], -1)
 

@@ -1,4 +1,4 @@
-"""Labels: class numbers, one-hot or k-hot, as one array of targets."""
+"""Classes: labels in every form as one array of targets, and the class of the highest score."""
 
 import jax
 import jax.numpy as jnp
@@ -24,3 +24,8 @@ def to_targets(labels: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels: class numbers must be integers, got {labels.dtype}")
     return jax.nn.one_hot(labels, shape[-1], dtype=jnp.float32)
+
+
+def pick_highest(scores: jax.Array) -> jax.Array:
+    """Returns the class of the highest score, int32 [...], for scores [..., j]."""
+    return jnp.argmax(scores, -1).astype(jnp.int32)

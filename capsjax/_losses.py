@@ -116,4 +116,9 @@ def caps_loss(
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §4.1; XifengGuo/CapsNet-Pytorch.
     """
     margin = jnp.mean(margin_loss(y_pred, y_true))
-    return margin + lam_recon * jnp.mean(reconstruction_loss(x_recon, x))
+    return add_losses(margin, jnp.mean(reconstruction_loss(x_recon, x)), lam_recon)
+
+
+def add_losses(margin: jax.Array, reconstruction: jax.Array, lam_recon: float) -> jax.Array:
+    """Returns the total of the two losses, of each example or of their means."""
+    return margin + lam_recon * reconstruction

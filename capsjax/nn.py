@@ -164,7 +164,9 @@ class DenseCaps(nnx.Module):
         shape = (out_num_caps, in_num_caps, out_dim_caps, in_dim_caps)
         self.weight = nnx.Param(weight_init(rngs.params(), shape, jnp.float32))
         bias_shape = self.routing.bias_shape(out_num_caps, in_num_caps, out_dim_caps)
-        self.bias = None if bias_shape is None else nnx.Param(jnp.full(bias_shape, 0.1))
+        self.bias = (
+            None if bias_shape is None else nnx.Param(jnp.full(bias_shape, 0.1, jnp.float32))
+        )
 
     def __call__(self, u: ArrayLike) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]

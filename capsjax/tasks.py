@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax._labels import to_targets
-from capsjax._losses import margin_loss, reconstruction_loss
+from capsjax._losses import add_losses, margin_loss, reconstruction_loss
 from capsjax._pixels import to_unit_interval
 from capsjax.data import shift, warp
 from capsjax.networks import Network, Output
@@ -99,7 +99,7 @@ class Classification:
         if output.reconstruction is None:
             return {"loss": margin, "margin": margin}
         reconstruction = reconstruction_loss(output.reconstruction, batch.targets)
-        loss = margin + self.lam_recon * reconstruction
+        loss = add_losses(margin, reconstruction, self.lam_recon)
         return {"loss": loss, "margin": margin, "reconstruction": reconstruction}
 
     def correct(self, output: Output, batch: Batch) -> jax.Array:

@@ -272,3 +272,8 @@ def test_the_decoder_draws_capsules_as_the_network_does(net, rng):
 def test_a_network_that_cannot_be_built_is_an_error_in_words(options, message):
     with pytest.raises(ValueError, match=message):
         CapsNet(**options, rngs=nnx.Rngs(0))
+
+
+def test_routings_and_routing_together_are_refused():
+    with pytest.raises(TypeError, match="give routings or routing, not both"):
+        CapsNet(routings=2, routing=3, rngs=nnx.Rngs(0))

@@ -121,3 +121,36 @@ def test_a_decoder_agrees_with_its_function(rng):
     x = draw(rng, 2, 6)
     layers = [(np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])) for layer in decoder]
     np.testing.assert_allclose(apply(decoder, x), reference.decode(layers, x), rtol=1e-5)
+
+
+class Loose:
+    """A routing that is no frozen dataclass."""
+
+    name = "loose"
+
+    def bias_shape(self, j, i, d):
+        return None
+
+    def __call__(self, u, weight, bias=None):
+        return capsjax.dense_capsules(u, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nameless:
+    bias_shape, __call__ = Loose.bias_shape, Loose.__call__
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [Agreement, Loose(), dataclasses.dataclass(Loose)(), Nameless(), lambda u, weight, bias: u],
+    ids=["a class", "no dataclass", "not frozen", "no name", "a function"],
+)
+def test_what_is_no_routing_is_refused_when_the_layer_is_made(routing):
+    with pytest.raises(ValueError, match="an instance of a frozen dataclass with name"):
+        DenseCaps(5, 2, 3, 4, routing, rngs=nnx.Rngs(0))
+
+
+def test_an_affine_layer_begins_as_in_pytorch_unless_told_otherwise():
+    layer = Affine((3, 3, 4, 50), rngs=nnx.Rngs(0))
+    for values in (layer.kernel[...], layer.bias[...]):
+        assert 0.9 / 6 < np.abs(values).max() <= 1 / 6  # a fan-in of 36

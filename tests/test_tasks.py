@@ -19,7 +19,7 @@ import tiny
 from capsjax import sharding, train
 from capsjax.data import shift, warp
 from capsjax.networks import Output
-from capsjax.tasks import Batch, Classification, batch_shape
+from capsjax.tasks import Batch, Classification, batch_shape, example_batch
 
 J = tiny.NUM_CLASSES
 KEY = jax.random.key(3)
@@ -279,3 +279,28 @@ def test_the_shape_of_the_images_follows_from_the_task_and_makes_none():
     labels = np.broadcast_to(np.int32(0), 2**30)
     assert batch_shape(Classification(0.5), images, labels) == (6, 7, 3)
     assert batch_shape(Padded(0.5), images, labels) == (10, 9, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twofold(Pairs):
+    """Two images to reconstruct, [B, 2, H, W, C], and losses that read columns of the labels."""
+
+    def test_batch(self, images, labels, indices):
+        batch = super().test_batch(images, labels, indices)
+        return batch._replace(targets=jnp.stack([batch.targets] * 2, 1))
+
+    def losses(self, output, batch, step):
+        first = capsjax.reconstruction_loss(output.reconstruction, batch.targets[:, 0])
+        return {"loss": first + batch.labels[:, 0], "first": first}
+
+
+def test_a_task_with_targets_of_its_own_shape_starts_from_an_example_of_its_batches():
+    task, data = Twofold(0.5), (jnp.asarray(IMAGES), jnp.asarray(LABELS))
+    example = example_batch(task, *data)
+    batch = task.test_batch(*data, np.arange(1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(example, batch)
+    model = tiny.make_capsnet()
+    with pytest.raises(IndexError):
+        train.create(model, tiny.OPTIMIZER, task)
+    _, state = train.create(model, tiny.OPTIMIZER, task, example=example)
+    assert list(state.sums.losses) == ["loss", "first"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from capsjax._labels import pick_highest
 from capsjax._pixels import to_unit_interval
 
 
@@ -27,7 +28,7 @@ class Output(NamedTuple):
     @property
     def predicted(self) -> jax.Array:
         """The class of the highest score, int32 [...]."""
-        return jnp.argmax(self.scores, -1).astype(jnp.int32)
+        return pick_highest(self.scores)
 
 
 class NetworkConfig(Protocol):

@@ -12,7 +12,7 @@ import tyro
 from capsjax import weights
 from capsjax.presets import check
 from capsjax.run.experiment import Experiment
-from capsjax.run.settings import Settings, read_settings, refuse_changes
+from capsjax.run.settings import Settings, find_run, read_settings, refuse_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
         return dataclasses.replace(saved, run=run)
     if source.weights is not None and not source.weights.exists():
         raise ValueError(f"--weights {source.weights}: there is no such file or folder")
-    if source.weights is not None and not source.weights.is_file():
-        saved = read_settings(source.weights)
+    if (run_folder := find_run(source.weights)) is not None:
+        saved = read_settings(run_folder)
         if source.testing:
             return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
         return _preset_defaults(source, experiment, saved.recipe.preset, saved.recipe.routings)

@@ -12,6 +12,11 @@ from capsjax.run.folder import read_config
 INITIAL_WEIGHTS = "start.safetensors"
 
 
+def find_run(weights: Path | None) -> Path | None:
+    """Returns the run that `--weights` names; None if it names a file, or nothing."""
+    return None if weights is None or weights.is_file() else weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The preset gives the defaults here and of the training options: try --preset paper --help."""
@@ -84,7 +89,7 @@ class Run:
     @property
     def weights_folder(self) -> Path | None:
         """The run whose weights are taken; None if they come from a file or are not given."""
-        return None if self.weights is None or self.weights.is_file() else self.weights
+        return find_run(self.weights)
 
     @property
     def network_file(self) -> Path | None:

@@ -9,6 +9,7 @@ import jax
 import pytest
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
+
 from tiny_run import Outcome, run_command, write_images
 
 

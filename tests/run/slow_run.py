@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tiny_run import EXPERIMENT
-
 from capsjax.run import loop, main, pictures
+from tiny_run import EXPERIMENT
 
 
 def slow_down(function: Callable, line: str, seconds: float) -> Callable:

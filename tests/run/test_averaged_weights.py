@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+
+import capsjax
+from capsjax import weights
 from tiny_run import (
     have_same_bits,
     make_images,
@@ -12,9 +15,6 @@ from tiny_run import (
     read_weights,
     run_command,
 )
-
-import capsjax
-from capsjax import weights
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ def test_a_process_that_nobody_waits_for_says_so(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"process 0 could not be reached at {coordinator}"):
+        with pytest.raises(ValueError, match=f"reached at {coordinator} .*: .*refused"):
             processes.connect(coordinator, 2, 1)
 
 

@@ -6,12 +6,12 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hooks import after_step
-from tiny_run import STEPS, list_steps, read_arrays, read_rows, run_command
 
 from capsjax import weights
 from capsjax.run import loop
 from capsjax.train import jit_steps
+from hooks import after_step
+from tiny_run import STEPS, list_steps, read_arrays, read_rows, run_command
 
 
 def spoil_step(number, spoil):

@@ -6,6 +6,10 @@ from unittest import mock
 import numpy as np
 import pytest
 from tensorflow_datasets.image_classification import mnist as stock
+
+from capsjax.run import loop
+from capsjax.train import jit_steps
+from data_files import digits, gzipped, serve, write_idx
 from tiny_run import (
     have_same_bits,
     list_steps,
@@ -16,10 +20,6 @@ from tiny_run import (
     read_rows,
     write_images,
 )
-
-from capsjax.run import loop
-from capsjax.train import jit_steps
-from data_files import digits, gzipped, serve, write_idx
 
 
 @pytest.mark.parametrize(

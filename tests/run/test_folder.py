@@ -10,6 +10,10 @@ import sys
 from unittest import mock
 
 import pytest
+
+from capsjax.run import run
+from capsjax.run.command_line import parse
+from capsjax.run.folder import lock_folder, name_folder
 from tiny_run import (
     EXPERIMENT,
     make_arguments,
@@ -17,10 +21,6 @@ from tiny_run import (
     read_tree,
     run_command,
 )
-
-from capsjax.run import run
-from capsjax.run.command_line import parse
-from capsjax.run.folder import lock_folder, name_folder
 
 
 def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own():

@@ -8,8 +8,15 @@ import chex
 import numpy as np
 import pytest
 from flax import nnx
-from hooks import after_step, kill
 from safetensors.numpy import save_file
+
+import capsjax
+from capsjax import weights
+from capsjax.checkpoint import Checkpoints
+from capsjax.run import loop
+from capsjax.run.command_line import parse
+from capsjax.run.settings import INITIAL_WEIGHTS
+from hooks import after_step, kill
 from tiny_run import (
     EXPERIMENT,
     STEPS,
@@ -20,13 +27,6 @@ from tiny_run import (
     read_rows,
     run_command,
 )
-
-import capsjax
-from capsjax import weights
-from capsjax.checkpoint import Checkpoints
-from capsjax.run import loop
-from capsjax.run.command_line import parse
-from capsjax.run.settings import INITIAL_WEIGHTS
 
 
 def write_torch_file(folder: Path) -> Path:

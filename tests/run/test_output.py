@@ -12,8 +12,13 @@ import chex
 import jax
 import numpy as np
 import pytest
-from hooks import after_step
 from PIL import Image
+from tqdm import tqdm
+
+import capsjax
+from capsjax import train, weights
+from capsjax.run import loop
+from hooks import after_step
 from tiny_run import (
     STEPS,
     have_same_bits,
@@ -25,11 +30,6 @@ from tiny_run import (
     read_tree,
     read_weights,
 )
-from tqdm import tqdm
-
-import capsjax
-from capsjax import train, weights
-from capsjax.run import loop
 
 PICTURES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png")
 

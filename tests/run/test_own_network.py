@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hooks import after_step, raise_signal
 from PIL import Image
+
+import capsjax
+from capsjax import weights
+from capsjax.presets import Preset, Training
+from capsjax.run import Experiment
+from hooks import after_step, raise_signal
 from tiny_run import (
     STEPS,
     have_same_bits,
@@ -22,11 +27,6 @@ from tiny_run import (
     read_weights,
     run_command,
 )
-
-import capsjax
-from capsjax import weights
-from capsjax.presets import Preset, Training
-from capsjax.run import Experiment
 
 
 @dataclasses.dataclass(frozen=True)

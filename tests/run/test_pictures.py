@@ -95,3 +95,23 @@ def test_an_interrupted_picture_leaves_the_old_one_and_nothing_else(tmp_path):
         pictures.write(Unwritable(), tmp_path / "curves.png")
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
     assert (tmp_path / "curves.png").read_bytes() == b"old"
+
+
+class Drawing(capsjax.CapsNet):
+    """Reconstructs, but does not define `decode`."""
+
+    decode = capsjax.Network.decode
+
+    def __call__(self, images, labels=None):
+        pixels = jnp.zeros(images.shape)
+        capsules = jnp.ones((*images.shape[:-3], self.num_classes, 4))
+        return capsjax.Output(capsjax.length(capsules), capsules, pixels)
+
+
+def test_without_decode_perturbations_are_left_out_and_it_is_said(tmp_path, capsys):
+    sizes = {"channels": 4, "types": 1, "hidden": (8,), "kernel_size": 5}
+    model = Drawing((16, 16, 1), 2, **sizes, rngs=nnx.Rngs(0))
+    x, y = make_images(2, (16, 16, 1)), np.array([0, 1], np.int32)
+    pictures.write_pictures(tmp_path, model, x, y, y, "01", ROWS)
+    assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"perturbations.png"}
+    assert "no perturbations: Drawing does not define decode" in capsys.readouterr().out

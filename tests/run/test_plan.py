@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tiny_run import EXPERIMENT, make_arguments
 
 from capsjax.run.command_line import parse
 from capsjax.run.plan import Plan, make_plan
+from tiny_run import EXPERIMENT, make_arguments
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from slow_run import choose_script, wait_for_steps
 from tiny_run import (
     have_same_bits,

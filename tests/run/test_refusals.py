@@ -6,8 +6,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
+
+from capsjax.run import Experiment, processes
 from hooks import after_step, raise_signal
-from tiny_run import STEPS, make_images, read_json, read_tree, run_command, write_images
+from tiny_run import (
+    EXPERIMENT,
+    STEPS,
+    make_images,
+    read_json,
+    read_tree,
+    run_command,
+    write_images,
+)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +188,20 @@ def test_images_too_large_for_the_devices_are_refused_before_anything_is_written
     assert outcome.status == 2
     assert "GiB" in outcome.err
     assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["resume", "weights"])
+def test_the_run_of_another_experiments_preset_is_refused_in_words(plain, flag):
+    other = Experiment(presets={"mine": EXPERIMENT.presets["paper"]})
+    testing = {"testing": True} if flag == "weights" else {}
+    outcome = run_command(other, **{flag: plain.folder}, **testing)
+    assert outcome.status == 2
+    assert "error: there is no preset 'seed' here, only mine" in outcome.err
+
+
+def test_processes_that_see_different_folders_are_refused_before_one_of_them_goes_on(start):
+    seen = mock.patch.object(processes, "agree", side_effect=ValueError("different folders"))
+    with seen as agree:
+        outcome = start()
+    assert (outcome.status, outcome.err) == (2, "error: different folders\n")
+    agree.assert_called_once_with("folders", 0)

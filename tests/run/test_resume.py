@@ -4,6 +4,10 @@ import signal
 from unittest import mock
 
 import pytest
+
+from capsjax import weights
+from capsjax.checkpoint import Checkpoints
+from capsjax.run import loop
 from hooks import after_step, kill, raise_signal
 from tiny_run import (
     STEPS,
@@ -17,10 +21,6 @@ from tiny_run import (
     run_command,
     write_images,
 )
-
-from capsjax import weights
-from capsjax.checkpoint import Checkpoints
-from capsjax.run import loop
 
 
 @pytest.mark.parametrize(

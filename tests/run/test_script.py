@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import mnist
 from capsjax.presets import PRESETS
-from capsjax.run import Experiment
+from capsjax.run import Experiment, lifecycle, main
 
 
 @pytest.mark.parametrize("script", [["-m", "capsjax.run"], ["experiments/mnist.py"]], ids=" ".join)
@@ -31,3 +32,11 @@ def test_mnist_is_the_experiment_that_python_m_trains():
     assert mnist.MNIST.presets == PRESETS
     assert mnist.MNIST.dataset == Experiment().dataset == "mnist"
     assert mnist.MNIST.make_task is Experiment().make_task
+
+
+def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback():
+    interrupted = mock.patch.object(lifecycle, "parse", side_effect=KeyboardInterrupt)
+    prepared = mock.patch.object(lifecycle.machine, "configure")
+    with interrupted, prepared, pytest.raises(SystemExit) as end:
+        main(Experiment(), [])
+    assert end.value.code == 130

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import make_arguments, read_tree, run_command, write_images
 
 from capsjax.presets import Training
 from capsjax.run import Experiment, Images, Recipe, Run, Settings
 from capsjax.run.command_line import parse
 from capsjax.run.settings import from_json, to_json
+from tiny_run import make_arguments, read_tree, run_command, write_images
 
 NUMBERS = {
     "routings": int,

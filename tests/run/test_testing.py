@@ -1,10 +1,14 @@
 """--testing: a run or a file is tested as it was when it was trained, and nothing is trained."""
 
+import dataclasses
 import shutil
 
 import pytest
+from flax import nnx
+
+import capsjax
 from test_output import PICTURES
-from tiny_run import read_rows, read_tree, run_command
+from tiny_run import EXPERIMENT, read_rows, read_tree, run_command
 
 
 def test_testing_prints_loss_and_error_and_draws_again_with_no_training(copied, plain):
@@ -63,3 +67,29 @@ def test_a_file_brings_its_iterations_of_routing_unless_others_are_asked_for(
     assert outcome.drawn[0].class_caps.routing.iterations == (asked or 2)
     expected = trained(routings=2).out.splitlines()[-1]
     assert asked == 1 or outcome.out.splitlines()[-1] == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanRouting:
+    """A routing without iterations."""
+
+    name = "mean"
+
+    def bias_shape(self, j, i, d):
+        return None
+
+    def __call__(self, u, weight, bias=None):
+        return capsjax.squash(capsjax.predictions(u, weight).mean(-2))
+
+
+def test_the_file_of_a_network_whose_routing_has_no_iterations_is_tested(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(capsjax.ROUTINGS, "mean", MeanRouting)
+    config = dataclasses.replace(EXPERIMENT.presets["seed"].network, routing=MeanRouting())
+    net = config.build((10, 10, 1), 10, rngs=nnx.Rngs(0))
+    capsjax.weights.save(net, tmp_path / "net.safetensors")
+    flags = {"data_dir": base["data_dir"], "save_dir": tmp_path / "tested"}
+    outcome = run_command(testing=True, weights=tmp_path / "net.safetensors", **flags)
+    assert outcome.status == 0, outcome.err
+    assert outcome.drawn[0].config == config

@@ -1,9 +1,13 @@
 """A run as a value: the same settings give the same result, and nothing is trained twice."""
 
+import dataclasses
 import signal
 from unittest import mock
 
 import pytest
+
+from capsjax.run import Result, Run, Settings, loop, run
+from capsjax.run.command_line import parse
 from hooks import after_step, kill, raise_signal
 from tiny_run import (
     EXPERIMENT,
@@ -17,9 +21,6 @@ from tiny_run import (
     read_tree,
     write_images,
 )
-
-from capsjax.run import Result, Settings, loop, run
-from capsjax.run.command_line import parse
 
 
 @pytest.fixture
@@ -135,3 +136,29 @@ def test_a_test_of_a_run_returns_the_metrics_that_the_run_returned(make_settings
     )
     assert tested == trained
     assert read_tree(trained.folder) == before
+
+
+def test_another_network_in_the_folder_of_a_run_is_an_error(make_settings, copied):
+    settings, preset = make_settings(save_dir=copied), EXPERIMENT.presets["seed"]
+    network = dataclasses.replace(preset.network, primary_coupling=0.5)
+    other = dataclasses.replace(
+        EXPERIMENT, presets={"seed": dataclasses.replace(preset, network=network)}
+    )
+    before = read_tree(copied)
+    with pytest.raises(ValueError, match=r"another network: .*'primary_coupling': 1\.0.* 0\.5"):
+        run(other, settings)
+    assert read_tree(copied) == before
+
+
+def test_a_run_to_resume_that_is_not_there_is_an_error(make_settings, tmp_path):
+    settings = make_settings(save_dir=None)
+    missing = dataclasses.replace(settings, run=Run(resume=tmp_path / "none", devices=1))
+    with pytest.raises(ValueError, match="holds no run"):
+        run(EXPERIMENT, missing)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("preset", [None, "seed", "paper"])
+def test_the_settings_of_a_preset_are_those_of_its_command_line(preset):
+    parsed = parse(make_arguments(preset=preset, routings="None"), EXPERIMENT)
+    assert EXPERIMENT.settings(preset) == parsed
