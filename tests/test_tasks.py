@@ -300,7 +300,7 @@ def test_a_task_with_targets_of_its_own_shape_starts_from_an_example_of_its_batc
     batch = task.test_batch(*data, np.arange(1))
     chex.assert_trees_all_equal_shapes_and_dtypes(example, batch)
     model = tiny.make_capsnet()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="expected two arrays of one shape"):
         train.create(model, tiny.OPTIMIZER, task)
     _, state = train.create(model, tiny.OPTIMIZER, task, example=example)
     assert list(state.sums.losses) == ["loss", "first"]
