@@ -3,6 +3,7 @@
 from capsjax import data, networks, nn, presets, tasks, weights
 from capsjax._decoder import decode, mask, perturb
 from capsjax._losses import caps_loss, margin_loss, reconstruction_loss
+from capsjax._pretrained import pretrained
 from capsjax._primary import primary_capsules
 from capsjax._routing import (
     ROUTINGS,
@@ -42,6 +43,7 @@ __all__ = [
     "predict",
     "predictions",
     "presets",
+    "pretrained",
     "primary_capsules",
     "reconstruction_loss",
     "routing",

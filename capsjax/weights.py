@@ -32,7 +32,13 @@ class Description(NamedTuple):
     notes: dict[str, Any]  # what `save` was given
 
 
-def save(model: Network, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: Network,
+    path: str | Path,
+    notes: Mapping[str, Any] | None = None,
+    *,
+    dtype: str = "float32",
+) -> None:
     """Writes a network to one safetensors file, whole or not at all.
 
     The file's metadata hold the network's name, config, image shape and class count, so that the
@@ -42,9 +48,12 @@ def save(model: Network, path: str | Path, notes: Mapping[str, Any] | None = Non
       model: any `Network`.
       path: of the file, such as `mnist.safetensors`; one that is there is replaced.
       notes: anything JSON holds, such as the preset and the test error; `describe` returns them.
+      dtype: of the arrays in the file, "float32", or "float16" for half the size at 11 bits of
+        precision; `load` returns float32.
 
     Raises:
       OSError: if the file cannot be written.
+      WeightsError: if a number is beyond the range of `dtype`.
 
     Example:
       >>> import tempfile
@@ -60,7 +69,7 @@ def save(model: Network, path: str | Path, notes: Mapping[str, Any] | None = Non
     References:
       https://github.com/huggingface/safetensors
     """
-    arrays = arrays_of(model)
+    arrays = {name: _to(dtype, name, array) for name, array in arrays_of(model).items()}
     about = {
         "version": _VERSION,
         "network": config_to_json(model.config),
@@ -256,6 +265,14 @@ def arrays_of(model: Network) -> dict[str, np.ndarray]:
     variables = nnx.to_pure_dict(nnx.split(model)[1])
     # float32 whatever the model was cast to: what a network is rebuilt with.
     return {n: np.ascontiguousarray(leaf, np.float32) for n, leaf in named_leaves(variables)}
+
+
+def _to(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if np.any(np.isfinite(array) & ~np.isfinite(converted)):
+        raise WeightsError(f"{name} holds numbers beyond the range of {dtype}")
+    return converted
 
 
 def _read_safetensors(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:

@@ -82,7 +82,7 @@ def test_data_load_takes_a_name_and_a_folder():
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("save", "(model, path, notes=None)"),
+        ("save", "(model, path, notes=None, *, dtype='float32')"),
         ("describe", "(path)"),
         ("load", "(path, *, image_shape=None, routings=None)"),
         ("from_torch", "(state_dict, *, image_shape=None, routings=3)"),

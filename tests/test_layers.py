@@ -21,6 +21,7 @@ ORDER = [
     {"presets", "tasks"},
     {"train", "_torch"},
     {"checkpoint", "weights"},
+    {"_pretrained"},
     {"__init__"},
     {"run"},
     {"experiments"},

@@ -1,5 +1,6 @@
 """Networks, one a file: the frozen config with its sizes, and the module that it builds."""
 
+from capsjax.networks._ensemble import Ensemble
 from capsjax.networks._network import (
     Network,
     NetworkConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "NETWORKS",
     "CapsNet",
     "CapsNetConfig",
+    "Ensemble",
     "Network",
     "NetworkConfig",
     "Output",

@@ -58,7 +58,8 @@ class Network(nnx.Module):
 
     def __init__(self, config: Any, image_shape: tuple[int, int, int], num_classes: int):
         self.config = config
-        self.image_shape = tuple(image_shape)
+        height, width, channels = image_shape
+        self.image_shape = (height, width, channels)
         self.num_classes = num_classes
 
     def __call__(self, images: jax.Array, labels: ArrayLike | None = None) -> Output:

@@ -12,7 +12,7 @@ import tyro
 from capsjax import weights
 from capsjax.presets import check
 from capsjax.run.experiment import Experiment
-from capsjax.run.settings import Settings, find_run, read_settings, refuse_changes
+from capsjax.run.settings import Settings, find_weights, is_run, read_settings, refuse_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Source:
 
     preset: str | None = None
     resume: Path | None = None
-    weights: Path | None = None
+    weights: tuple[Path, ...] = ()
     testing: bool = False
 
 
@@ -58,17 +58,22 @@ def refusals() -> Iterator[None]:
 def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     if source.resume is not None:
         saved = read_settings(source.resume)
-        run = dataclasses.replace(saved.run, weights=None, resume=source.resume)
+        run = dataclasses.replace(saved.run, weights=(), resume=source.resume)
         return dataclasses.replace(saved, run=run)
-    if source.weights is not None and not source.weights.exists():
-        raise ValueError(f"--weights {source.weights}: there is no such file or folder")
-    if (run_folder := find_run(source.weights)) is not None:
-        saved = read_settings(run_folder)
-        if source.testing:
-            return dataclasses.replace(saved, run=dataclasses.replace(saved.run, save_dir=None))
+    files = tuple(map(find_weights, source.weights))
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"--weights {file}: there is no such file or folder")
+    if not files:
+        return _preset_defaults(source, experiment, None, None)
+    if not is_run(files[0]):
+        return _preset_defaults(source, experiment, *_describe(files[0]))
+    saved = read_settings(files[0])
+    if not source.testing:
         return _preset_defaults(source, experiment, saved.recipe.preset, saved.recipe.routings)
-    told = _describe(source.weights) if source.weights is not None else (None, None)
-    return _preset_defaults(source, experiment, *told)
+    if len(files) > 1:  # the others may have other routings
+        return dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, routings=None))
+    return saved
 
 
 def _preset_defaults(
@@ -81,9 +86,13 @@ def _preset_defaults(
         check(source.preset in names, "preset", expected, repr(source.preset))
     known = preset_of_weights if preset_of_weights in names else None
     if source.preset and known and source.preset != known:
-        raise ValueError(f"--preset {source.preset}, but {source.weights} is of --preset {known}")
+        raise ValueError(
+            f"--preset {source.preset}, but {source.weights[0]} is of --preset {known}"
+        )
     settings = experiment.settings(source.preset or known)
-    if source.weights is None:
+    if len(source.weights) > 1:
+        routings = None  # each has its own
+    elif not source.weights:
         routings = _iterations(experiment.presets[settings.recipe.preset].network)
     return dataclasses.replace(
         settings, recipe=dataclasses.replace(settings.recipe, routings=routings)

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from capsjax._files import write_atomically
+from capsjax.run.metrics import Metrics
 
 
 def name_folder(dataset: str) -> Path:
@@ -140,6 +141,16 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]], columns: Sequence[s
     _write(folder / "metrics.csv", write)
 
 
+def write_test(folder: Path, tested: Sequence[str], test: Metrics) -> None:
+    """Writes test.json: which weights were tested, and what came out."""
+    result = {"losses": test.losses, "error": test.error, "wrong": test.wrong}
+    about = {"weights": list(tested), "test": {**result, "examples": test.examples}}
+    _write(
+        folder / "test.json",
+        lambda file: json.dump({**about, **describe_provenance()}, file, indent=2),
+    )
+
+
 def describe_provenance() -> dict[str, Any]:
     """Returns what made a run besides its settings: versions, machine, revision of the code."""
     packages = ("capsjax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -148,9 +159,20 @@ def describe_provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
-        "cores": os.cpu_count(),
+        "processor": _find_processor(),
+        "cores": getattr(os, "process_cpu_count", os.cpu_count)(),  # Python 3.13: those it may use
         "git": _find_revision(),
     }
+
+
+def _find_processor() -> str:
+    """Returns the processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _find_revision() -> str | None:

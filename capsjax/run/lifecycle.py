@@ -15,13 +15,13 @@ from capsjax.checkpoint import CheckpointError
 from capsjax.run import machine, processes
 from capsjax.run.command_line import parse, refusals
 from capsjax.run.experiment import Experiment
-from capsjax.run.folder import describe_provenance, holds_run, read_rows, refuse_run
+from capsjax.run.folder import describe_provenance, holds_run, read_rows, refuse_run, write_test
 from capsjax.run.loop import Diverged, Runner
 from capsjax.run.metrics import Metrics
 from capsjax.run.opening import Opened, open_run
 from capsjax.run.pictures import write_pictures
 from capsjax.run.plan import make_plan
-from capsjax.run.settings import Settings
+from capsjax.run.settings import FINAL_WEIGHTS, Settings
 from capsjax.tasks import batch_shape
 from capsjax.train import TrainState, merge
 
@@ -126,13 +126,15 @@ def _leave(
     run, data = plan.settings.run, plan.dataset
     # Arrays of this process alone, because the others do not take part in the computations here.
     model = merge(plan.setup.graphdef, jax.device_get(state))
-    if not run.testing:
+    if run.testing:
+        write_test(folder, [path.name for path in run.weights], test)
+    else:
         notes = {
             "preset": plan.settings.recipe.preset,
             "test_error": round(test.error, 4),
             "commit": describe_provenance()["git"],
         }
-        weights.save(model, folder / "weights.safetensors", notes)
+        weights.save(model, folder / FINAL_WEIGHTS, notes)
     tested = run.weights_folder if run.testing else None
     rows = read_rows(tested or folder, plan.columns)
     x_test = _show_test_images(runner)

@@ -103,13 +103,14 @@ def _choose_folder(plan: Plan) -> Path:
 
 def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
     """Writes what a new run is; config.json last, because with it the folder holds a run."""
-    if plan.settings.run.weights is not None:
+    if plan.settings.run.weights:
         weights.save(merge(plan.setup.graphdef, state), folder / INITIAL_WEIGHTS)
     else:
         (folder / INITIAL_WEIGHTS).unlink(missing_ok=True)  # of a run that did not get this far
     config = {
         "settings": to_json(plan.settings),
         "network": _describe_network(plan, state),
+        "image_shape": plan.dataset.image_shape,
         **describe_provenance(),
         "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
         "steps_per_epoch": plan.steps,
@@ -122,7 +123,8 @@ def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, di
     config, epochs = read_config(folder), plan.settings.training.epochs
     asked = from_json(to_json(plan.settings))  # with absolute paths, as they were saved
     saved, run = read_settings(folder), asked.run
-    if run.resume is None:  # --resume continues with the weights that the run was begun with
+    # --resume continues with the weights that the run was begun with.
+    if plan.settings.run.resume is None:
         run = dataclasses.replace(run, weights=saved.run.weights)
     refuse_changes(asked, dataclasses.replace(saved, run=run))
     if config.get("network") != (network := _describe_network(plan, state)):

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from capsjax import data, sharding, weights
-from capsjax.networks import Network
+from capsjax.networks import Ensemble, Network
 from capsjax.networks._config_json import with_iterations
 from capsjax.presets import Preset, Training
 from capsjax.run.experiment import Experiment
@@ -161,8 +161,8 @@ def _make_state(
     example = example_batch(task, dataset.x_test, dataset.y_test)
     image_shape = batch_shape(task, dataset.x_test, dataset.y_test)
     options: dict[str, Any] = {"average": settings.training.average, "example": example}
-    file = settings.run.network_file
-    if file is None:
+    files = settings.run.network_files
+    if not files:
 
         def draw() -> tuple[nnx.GraphDef, TrainState]:
             model = _draw(settings, preset, image_shape, dataset.num_classes)
@@ -172,10 +172,12 @@ def _make_state(
 
         graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
     else:
-        model = _read(file, image_shape, dataset.num_classes, settings.recipe.routings)
+        expected = (image_shape, dataset.num_classes, settings.recipe.routings)
+        members = [_read(file, *expected) for file in files]
+        model = members[0] if len(members) == 1 else Ensemble(members)
         graphdef, state = create(model, optimizer, task, **options)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"network   {size:,} parameters" + (f" of {file}" if file else ""))
+    print(f"network   {size:,} parameters" + (f" of {', '.join(map(str, files))}" if files else ""))
     return graphdef, state
 
 

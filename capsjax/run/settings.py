@@ -5,16 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from capsjax._pretrained import PRETRAINED
 from capsjax.presets import Training, check
 from capsjax.run.folder import read_config
 
-# The file in a run's folder with the weights that it was given to begin with, if any.
+# Files in a run's folder: the weights it was given to begin with, if any, and those it ends with.
 INITIAL_WEIGHTS = "start.safetensors"
+FINAL_WEIGHTS = "weights.safetensors"
 
 
-def find_run(weights: Path | None) -> Path | None:
-    """Returns the run that `--weights` names; None if it names a file, or nothing."""
-    return None if weights is None or weights.is_file() else weights
+def find_weights(weights: Path) -> Path:
+    """Returns what `--weights` names: a run or a file; or else a pretrained network's file."""
+    return weights if weights.exists() else PRETRAINED.get(str(weights), weights)
+
+
+def is_run(weights: Path) -> bool:
+    """Returns whether `--weights` names a run, not a file."""
+    return not weights.is_file()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,35 +77,47 @@ class Run:
     """Devices to split a batch over. None: as many as divide it evenly."""
     resume: Path | None = None
     """Folder of a run to continue. Only --devices may change, and --epochs may be raised."""
-    weights: Path | None = None
-    """Weights to start from or to test: a run, a .safetensors, or PyTorch's .pt, .pth or .pkl."""
+    weights: tuple[Path, ...] = ()
+    """Start from, or test: a run, a .safetensors, .pt, .pth or .pkl, or capsnet-mnist."""
     testing: bool = False
-    """Test --weights and draw pictures, without training; a run is tested with its own settings."""
+    """Test --weights and draw pictures, as a run was set; several are tested as an ensemble."""
 
     def __post_init__(self) -> None:
         steps, devices = self.checkpoint_steps, self.devices
         check(steps >= 1, "checkpoint_steps", "1 or more", steps)
         check(devices is None or devices >= 1, "devices", "1 or more", devices)
-        if self.testing and self.weights is None:
+        if self.testing and not self.weights:
             raise ValueError("--testing needs --weights: the folder of a trained run, or a file")
-        if self.resume is not None and (self.testing or self.weights is not None):
+        if len(self.weights) > 1 and not self.testing:
+            raise ValueError("several --weights are an ensemble, only to be tested: add --testing")
+        if self.resume is not None and (self.testing or self.weights or self.save_dir):
             raise ValueError(
-                "--resume continues with a run's own weights: no --weights, no --testing"
+                "--resume continues with a run's own weights in its own folder: no --weights, no "
+                "--testing, no --save-dir"
             )
+        object.__setattr__(self, "weights", tuple(map(find_weights, self.weights)))
 
     @property
     def weights_folder(self) -> Path | None:
-        """The run whose weights are taken; None if they come from a file or are not given."""
-        return find_run(self.weights)
+        """The run whose weights are taken; None if they come from files or are not given."""
+        return self.weights[0] if len(self.weights) == 1 and is_run(self.weights[0]) else None
 
     @property
-    def network_file(self) -> Path | None:
-        """The file that tells which network it is; None: the preset and the images tell it."""
+    def network_files(self) -> tuple[Path, ...]:
+        """The files that tell which network it is; none: the preset and the images tell it.
+
+        Raises:
+          ValueError: if a run of an ensemble has not left its weights yet.
+        """
         folder = self.resume or self.weights_folder
-        if folder is None:
-            return self.weights
-        begun_with = folder / INITIAL_WEIGHTS
-        return begun_with if begun_with.is_file() else None
+        if folder is not None:
+            begun_with = folder / INITIAL_WEIGHTS
+            return (begun_with,) if begun_with.is_file() else ()
+        files = tuple(path / FINAL_WEIGHTS if is_run(path) else path for path in self.weights)
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file.parent} holds no {file.name}: that run has not ended")
+        return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +164,34 @@ class Settings:
 
 
 # The groups that a run's folder keeps. It does not keep how many processes there are, because a
-# run may continue with another number.
+# run may continue with another number, nor where it lies, because it may be moved.
 SAVED_GROUPS = {"recipe": Recipe, "training": Training, "images": Images, "run": Run}
+_NOT_SAVED = ("save_dir", "resume", "testing")
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
     """Returns settings as JSON holds them; paths are absolute, so that any folder may resume."""
+
+    def write(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [write(item) for item in value]
+        return str(value.absolute()) if isinstance(value, Path) else value
+
     return {
-        group: {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in fields.items()}
-        for group, fields in _saved_fields(settings).items()
+        group: {n: write(value) for n, value in fields.items() if n not in _NOT_SAVED}
+        for group, fields in _fields(settings).items()
     }
 
 
 def shared_settings(settings: Settings) -> dict[str, dict[str, Any]]:
     """Returns what must be the same in all processes of a run: all but where files are."""
+
+    def share(value: Any) -> Any:
+        return len(value) if isinstance(value, tuple) else isinstance(value, Path) or value
+
     return {
-        group: {n: isinstance(v, Path) or v for n, v in fields.items() if n != "data_dir"}
-        for group, fields in _saved_fields(settings).items()
+        group: {n: share(value) for n, value in fields.items() if n != "data_dir"}
+        for group, fields in _fields(settings).items()
     }
 
 
@@ -169,8 +199,12 @@ def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
     """Inverts `to_json`, for a single process."""
 
     def read(kind: type, fields: Mapping[str, Any]) -> Any:
-        paths = {field.name for field in dataclasses.fields(kind) if field.type == Path | None}
-        given = {name: Path(v) if v and name in paths else v for name, v in fields.items()}
+        given = dict(fields)
+        for field in dataclasses.fields(kind):
+            if field.type == Path | None and given.get(field.name):
+                given[field.name] = Path(given[field.name])
+            elif field.type == tuple[Path, ...]:
+                given[field.name] = tuple(map(Path, given[field.name]))
         return kind(**given)
 
     return Settings(**{name: read(kind, groups[name]) for name, kind in SAVED_GROUPS.items()})
@@ -185,8 +219,8 @@ def refuse_changes(settings: Settings, saved: Settings) -> None:
             allowed = name == "devices" or (name == "epochs" and ours > theirs)
             if ours != theirs and not allowed:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {ours} beside --resume, but this run has {theirs};"
-                    " only --devices may change, and --epochs may be raised"
+                    f"--{name.replace('_', '-')} {_show(ours)} beside --resume, but this run has "
+                    f"{_show(theirs)}; only --devices may change, and --epochs may be raised"
                 )
 
 
@@ -205,5 +239,10 @@ def read_settings(folder: Path) -> Settings:
         ) from error
 
 
-def _saved_fields(settings: Settings) -> dict[str, dict[str, Any]]:
+def _show(value: Any) -> str:
+    """Writes a setting as the command line does."""
+    return (" ".join(map(str, value)) or "None") if isinstance(value, tuple) else str(value)
+
+
+def _fields(settings: Settings) -> dict[str, dict[str, Any]]:
     return {group: dataclasses.asdict(getattr(settings, group)) for group in SAVED_GROUPS}

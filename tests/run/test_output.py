@@ -148,14 +148,7 @@ def test_config_json_holds_every_setting_versions_device_revision_and_data(plain
             "train_size": None,
             "validation": 0,
         },
-        "run": {
-            "save_dir": str(plain.folder),
-            "checkpoint_steps": 200,
-            "devices": 1,
-            "resume": None,
-            "weights": None,
-            "testing": False,
-        },
+        "run": {"checkpoint_steps": 200, "devices": 1, "weights": []},
     }
     assert config["versions"]["jax"] == jax.__version__
     assert {"python", "capsjax", "jaxlib", "flax", "optax", "numpy"} < config["versions"].keys()

@@ -39,7 +39,6 @@ from tiny_run import (
         ("download", True, False),
         ("train_size", 40, None),
         ("validation", 10, 0),
-        ("save_dir", "elsewhere", "shared"),
         ("checkpoint_steps", 4, 200),
     ],
 )
@@ -59,6 +58,13 @@ def test_a_run_goes_on_with_another_number_of_devices(start):
     resumed = run_command(resume=stopped.folder, devices=2)
     assert resumed.status == 0
     assert "devices   2 of 8" in resumed.out
+
+
+def test_a_run_is_not_continued_in_another_folder(plain, tmp_path):
+    outcome = run_command(resume=plain.folder, save_dir=tmp_path / "elsewhere")
+    assert outcome.status == 2
+    assert "--resume continues" in outcome.err
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def write_config(text):

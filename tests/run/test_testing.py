@@ -23,7 +23,7 @@ def test_testing_prints_loss_and_error_and_draws_again_with_no_training(copied, 
     assert lines[-1] == plain.out.splitlines()[-1]
     assert not [line for line in lines if line.startswith("epoch")]
     after = read_tree(copied)
-    assert after.keys() - before.keys() == set(PICTURES)
+    assert after.keys() - before.keys() == {*PICTURES, "test.json"}
     assert {name: after[name] for name in before} == before
 
 
@@ -32,7 +32,7 @@ def test_testing_into_another_folder_leaves_the_run_alone(plain, tmp_path):
     new = tmp_path / "new"
     outcome = run_command(testing=True, weights=plain.folder, save_dir=new, pictures=True)
     assert outcome.status == 0
-    assert {*read_tree(new)} == {*PICTURES, ".lock"}
+    assert {*read_tree(new)} == {*PICTURES, "test.json", ".lock"}
     assert read_tree(plain.folder) == before
 
 
@@ -50,7 +50,7 @@ def test_the_file_that_a_run_leaves_is_tested_as_the_run_is(plain, base, tmp_pat
     assert outcome.status == 0, outcome.err
     assert f"of {file}\n" in outcome.out
     assert outcome.out.splitlines()[-1] == plain.out.splitlines()[-1]
-    assert {*read_tree(tmp_path / "tested")} == {*PICTURES[1:], ".lock"}
+    assert {*read_tree(tmp_path / "tested")} == {*PICTURES[1:], "test.json", ".lock"}
 
 
 @pytest.mark.parametrize("asked", [None, 2, 1])

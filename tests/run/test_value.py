@@ -135,7 +135,9 @@ def test_a_test_of_a_run_returns_the_metrics_that_the_run_returned(make_settings
         make_settings(weights=trained.folder, testing=True, save_dir=None, data_dir=None)
     )
     assert tested == trained
-    assert read_tree(trained.folder) == before
+    assert read_tree(trained.folder).items() - before.items() == {
+        ("test.json", (trained.folder / "test.json").read_bytes())
+    }
 
 
 def test_another_network_in_the_folder_of_a_run_is_an_error(make_settings, copied):

@@ -68,13 +68,13 @@ def run_command(
 
 
 def make_arguments(**flags: Any) -> list[str]:
-    """Makes a command line; True is a flag without a value, None a flag that is not given."""
-    given = {f"--{name.replace('_', '-')}": v for name, v in flags.items() if v is not None}
-    return [
-        word
-        for flag, value in given.items()
-        for word in ([flag] if value is True else [flag, str(value)])
-    ]
+    """Makes a command line: True is a flag alone, None none, a tuple a flag and its values."""
+    words = []
+    for name, value in flags.items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
 
 
 def make_environment(home: Path) -> dict[str, str]:
@@ -141,9 +141,9 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
     return [{name: v for name, v in row.items() if name not in times} for row in rows]
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    """Reads config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Reads a JSON file of a run."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def read_tree(folder: Path) -> dict[str, bytes | None]:

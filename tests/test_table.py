@@ -1,0 +1,119 @@
+"""The table of results: what stands in it follows from the runs' own files."""
+
+import csv
+import dataclasses
+import json
+import shlex
+import statistics
+
+import pytest
+
+import table
+from capsjax.run.command_line import parse
+from capsjax.run.settings import Settings, to_json
+
+SHAPE = (28, 28, 1)
+
+
+def complete(experiment: str, settings: Settings) -> Settings:
+    """Completes settings as a run does."""
+    preset = table.EXPERIMENTS[experiment].presets[settings.recipe.preset]
+    training = preset.complete(settings.training, SHAPE)
+    return dataclasses.replace(settings, training=training)
+
+
+def parse_words(experiment: str, words: list[str]) -> Settings:
+    """Reads a command line and completes it."""
+    return complete(experiment, parse(words, table.EXPERIMENTS[experiment]))
+
+
+def write_run(folder, settings: Settings, errors: list[float]) -> None:
+    """Writes what the table reads of a run's folder."""
+    folder.mkdir(parents=True)
+    config = {
+        "settings": to_json(settings),
+        "image_shape": SHAPE,
+        "device": "1 × cpu (cpu)",
+        "processor": "Abacus",
+        "cores": 1,
+        "git": "abc1234",
+        "versions": {"jax": "0.12"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, ["epoch", "test_error", "validation_error", "seconds"])
+        rows.writeheader()
+        for epoch, error in enumerate(errors, 1):
+            row = {"epoch": epoch, "test_error": error, "validation_error": 9, "seconds": 100}
+            rows.writerow(row)
+
+
+def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviation(tmp_path):
+    last = {0: 0.31, 2: 0.25, 10: 0.4}
+    for seed, error in last.items():
+        words = ["--preset", "best", "--epochs", "3", "--seed", str(seed)]
+        errors = [0.9, 0.2, error]  # the middle is the best and does not count
+        write_run(tmp_path / "best" / str(seed), parse_words("mnist", words), errors)
+    write_run(tmp_path / "alone" / "0", parse_words("mnist", ["--epochs", "1"]), [0.1])
+    made = table.make_table("mnist", table.read_results(tmp_path), [], "test_error")
+    mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
+    machine = "1 core of Abacus, JAX 0.12, commit abc1234"
+    assert made.splitlines()[2:] == [
+        "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.100 | 0.10 | 1 of 100 s "
+        f"| {machine} |",
+        "| `python experiments/mnist.py --preset best --seed 0 --epochs 3` "
+        f"| {mean:.3f} ± {spread:.3f} | 0.31, 0.25, 0.40 | 3 of 100 s | {machine} |",
+    ]
+
+
+def test_an_ensemble_has_a_row_with_its_command(tmp_path):
+    test = {"weights": ["best-0", "best-1"], "test": {"error": 0.17}, "versions": {"jax": "0.12"}}
+    about = {"device": "1 × gpu (NVIDIA H100)", "processor": "", "cores": 16, "git": "abc1234"}
+    (tmp_path / "ensemble").mkdir()
+    (tmp_path / "ensemble" / "test.json").write_text(json.dumps(test | about))
+    assert table.read_results(tmp_path) == {}
+    made = table.make_table("mnist", {}, table.read_tests(tmp_path), "test_error")
+    assert made.splitlines()[2:] == [
+        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.170 | | "
+        "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
+    ]
+
+
+def test_a_run_that_has_not_ended_does_not_count(tmp_path):
+    write_run(tmp_path / "seed" / "0", parse_words("mnist", ["--epochs", "3"]), [0.9, 0.8])
+    with pytest.raises(ValueError, match="2 of 3 epochs; only a whole run counts"):
+        table.read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "line"),
+    [
+        ("mnist", "--epochs 1"),
+        ("mnist", "--preset best --precision bfloat16 --seed 3 --epochs 30 --routings 1"),
+        ("mnist", "--preset best --lam-recon 0 --rotation 7 --average 0.99"),
+        ("mnist", "--preset paper --epochs 50 --shift-pixels 1.5 --validation 10000"),
+        ("mnist", "--preset paper"),
+        ("trials", "--preset gradient --validation 10000 --precision bfloat16"),
+    ],
+)
+def test_the_command_of_a_row_gives_the_settings_of_its_run(tmp_path, experiment, line):
+    settings = parse_words(experiment, shlex.split(line))
+    write_run(tmp_path / "0", settings, [1.0] * settings.training.epochs)
+    command = table.make_command(experiment, table.read_run(tmp_path / "0"))
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", f"experiments/{experiment}.py")
+    assert parse_words(experiment, words) == settings
+    asked = {word for word in shlex.split(line) if word.startswith("--")}
+    assert {word for word in words if word.startswith("--")} == asked | {"--seed"}
+
+
+def test_the_text_between_the_marks_is_replaced_and_no_other(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{table.BEGIN}old\n{table.END}after\n")
+    table.write_between_marks(path, "new\n")
+    assert path.read_text() == f"before\n{table.BEGIN}new\n{table.END}after\n"
+
+
+def test_readme_and_the_page_of_trials_hold_what_the_script_makes():
+    for path, text in table.make_tables().items():
+        assert f"{table.BEGIN}{text}{table.END}" in path.read_text(encoding="utf-8"), path
