@@ -288,6 +288,27 @@ def test_a_bfloat16_network_is_saved_in_float32(tmp_path):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.float32))
 
 
+def test_float16_halves_the_file_and_rounds_to_11_bits(tmp_path):
+    net = make_network()
+    weights.save(net, tmp_path / "whole")
+    weights.save(net, tmp_path / "half", dtype="float16")
+    ours, half = weights.arrays_of(net), weights.arrays_of(weights.load(tmp_path / "half"))
+    for name, array in ours.items():
+        assert load_file(tmp_path / "half")[name].dtype == np.float16
+        assert half[name].dtype == np.float32
+        np.testing.assert_allclose(half[name], array, rtol=2**-11, atol=2**-25)
+    sizes = [sum(a.nbytes for a in load_file(tmp_path / n).values()) for n in ("whole", "half")]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_a_number_beyond_float16_is_refused_and_nothing_is_written(tmp_path):
+    net = make_network()
+    net.conv1.kernel[...] = net.conv1.kernel[...].at[0, 0, 0, 0].set(7e4)
+    with pytest.raises(WeightsError, match=r"conv1\.kernel holds numbers beyond .* float16"):
+        weights.save(net, tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
 def test_a_safetensors_file_of_another_origin_is_refused(tmp_path):
     save_file({"weight": np.zeros(3)}, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError, match="was not written by capsjax"):
