@@ -1,6 +1,6 @@
 """Digits, their reconstructions, and what one number of a capsule does: the README's picture.
 
-python experiments/perturb.py runs/mnist-TIME/weights.safetensors
+python experiments/perturb.py
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import capsjax
 from capsjax import viz
 from capsjax._pixels import to_unit_interval
 from capsjax.run.pictures import OFFSETS, perturbed
+from capsjax.run.settings import find_weights
 
 SCALE = 2  # screen pixels for a pixel
 
@@ -23,8 +24,8 @@ class Perturb:
     """Draws each test digit beside its reconstruction and eleven perturbations of its capsule: the
     number that changes the drawing most is moved from -0.25 to 0.25."""
 
-    weights: tyro.conf.Positional[Path]
-    """File of a trained network."""
+    weights: tyro.conf.Positional[Path] = Path("capsnet-mnist")
+    """A network for MNIST: a file, or a pretrained one."""
     images: tuple[int, ...] = (0, 1, 4)
     """Which of the test images."""
     out: Path = Path("perturb.png")
@@ -33,7 +34,8 @@ class Perturb:
 
 def main() -> None:
     settings = tyro.cli(Perturb)
-    model, digits = capsjax.weights.load(settings.weights), capsjax.data.load("mnist").x_test
+    model = capsjax.weights.load(find_weights(settings.weights))
+    digits = capsjax.data.load("mnist").x_test
     rows = np.concatenate([draw_row(model, digits[number]) for number in settings.images])
     grid = viz.image_grid(rows, columns=3 + len(OFFSETS), separator=2)
     height, width, _ = grid.shape

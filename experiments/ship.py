@@ -15,25 +15,33 @@ import capsjax
 import table
 from capsjax.run.settings import FINAL_WEIGHTS
 
+TRAINED = Path(capsjax.__file__).with_name("trained")
 CARD = """\
 # {name}
 
-`capsjax.pretrained("{name}")` is a {kind} of {size:,} parameters that reads handwritten digits: images [28, 28, 1], white on black, in 10
-classes. `python experiments/mnist.py --testing --weights {name}` tests it.
+`capsjax.pretrained("{name}")` is a {kind} of {size:,} parameters that reads handwritten
+digits: images [28, 28, 1], white on black, in 10 classes.
+`python experiments/mnist.py --testing --weights {name}` tests it.
 
-| | |
-| --- | --- |
-| test error | {error:.2f} % ({wrong} of {examples:,} MNIST test digits), measured with these float16 weights |
-| trained on | the {trained_on:,} training digits of MNIST; nothing was chosen by test digits |
-| recipe | `{command}`, commit {commit} |
-| last epoch of that run | {last:.2f} % in {precision} |
-| file | {name}.safetensors, float16, {megabytes:.1f} MB; `load` returns float32 |
+**Error.** {error:.2f} % ({wrong} of {examples:,} MNIST test digits), measured with these weights in
+float16; the run that made them ended with {last:.2f} % in {precision}.
 
-**Limits.** The digits must be drawn as MNIST's are: fitted into 20×20 pixels, their centre of mass in the middle of 28×28, strokes light on
-dark. Other images get one of the ten classes too; a low score is a hint, not a test. Figures of other scripts, letters and photographs were never seen.
+**Data.** {trained_on:,} training digits of MNIST. Nothing was chosen by test digits.
 
-**Licence.** The weights, like the code: Apache-2.0. MNIST, which they were trained on: Yann LeCun and Corinna Cortes, CC BY-SA 3.0
-([MNIST.md](../data/MNIST.md)).
+**Recipe.** Commit {commit}:
+
+```
+{command}
+```
+
+**File.** {name}.safetensors, {megabytes:.1f} MB; `capsjax.weights.load` returns float32.
+
+**Limits.** The digits must be drawn as MNIST's are: fitted into 20×20 pixels, their centre of mass
+in the middle of 28×28, light on dark. Any other image gets one of the ten classes too, often with a
+low score. The network never saw letters, other scripts or photographs.
+
+**Licence.** The weights, like the code: Apache-2.0. MNIST, which they were trained on: Yann LeCun
+and Corinna Cortes, CC BY-SA 3.0 ([MNIST.md](../data/MNIST.md)).
 
 Made by `python experiments/ship.py`.
 """
@@ -48,7 +56,7 @@ class Ship:
     """Folder of a run on MNIST that has ended."""
     name: tyro.conf.Positional[str]
     """Name of the network."""
-    out: Path = Path(capsjax.__file__).with_name("trained")
+    out: Path = TRAINED
     """Folder of the trained networks."""
 
 

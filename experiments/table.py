@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
@@ -90,15 +91,17 @@ def make_table(
     for test in tests:
         words = " ".join(f"runs/{name}" for name in test["weights"])
         command = f"python experiments/{experiment}.py --testing --weights {words}"
-        error = f"{test['test']['error']:.3f}"
+        error = f"{test['test']['error']:.2f}"
         lines.append(f"| `{command}` | {error} | | | {describe_machine(test)} |")
     for runs in sorted(results.values(), key=lambda runs: mean_error(runs, column)):
         errors = [run.read(column)[-1] for run in runs]
-        spread = f" ± {statistics.stdev(errors):.3f}" if len(runs) > 1 else ""
+        error = f"{errors[0]:.2f}"
+        if len(runs) > 1:
+            error = f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
         seconds = statistics.median(second for run in runs for second in run.read("seconds"))
         cells = [
             f"`{make_command(experiment, runs[0])}`",
-            f"{statistics.mean(errors):.3f}{spread}",
+            error,
             ", ".join(f"{error:.2f}" for error in errors),
             f"{len(runs[0].rows)} of {seconds:.0f} s",
             describe_machine(runs[0].config),
@@ -187,6 +190,7 @@ def make_tables() -> dict[Path, str]:
 
 
 def main() -> None:
+    """Makes the README's table, that of the trials, and the figure, and prints the tables."""
     for path, table in make_tables().items():
         write_between_marks(path, table)
         print(table)
@@ -194,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -10,6 +10,7 @@ import pytest
 import capsjax
 from capsjax._pretrained import PRETRAINED
 
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LIMIT = 17_000_000  # bytes
 
 
@@ -25,8 +26,9 @@ def test_a_pretrained_network_is_small_and_makes_the_error_that_its_file_and_car
     )
     wrong = int(np.sum(predicted != mnist.y_test))
     assert about.notes["test_error"] == pytest.approx(wrong / 100, abs=0.011)  # a CPU's rounding
-    told = f"test error | {about.notes['test_error']:.2f} % "
+    told = f"**Error.** {about.notes['test_error']:.2f} % "
     assert told in file.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"{about.notes['test_error']:.2f} % ([its card]" in README
     assert about.notes["commit"]
 
 

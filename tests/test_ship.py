@@ -47,4 +47,4 @@ def test_the_file_is_float16_and_its_card_tells_the_error_that_this_file_makes(
     assert about.notes["test_error"] == pytest.approx(wrong / 100)
     assert about.notes["preset"] == "seed"
     assert re.search(rf"{wrong / 100:.2f} % \({wrong} of 10,000 MNIST test digits\)", card)
-    assert "`python experiments/mnist.py --seed 0 --epochs 1 --batch-size 20" in card
+    assert "python experiments/mnist.py --seed 0 --epochs 1 --batch-size 20" in card

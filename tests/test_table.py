@@ -59,7 +59,7 @@ def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviati
     mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
     machine = "1 core of Abacus, JAX 0.12, commit abc1234"
     assert made.splitlines()[2:] == [
-        "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.100 | 0.10 | 1 of 100 s "
+        "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.10 | 0.10 | 1 of 100 s "
         f"| {machine} |",
         "| `python experiments/mnist.py --preset best --seed 0 --epochs 3` "
         f"| {mean:.3f} ± {spread:.3f} | 0.31, 0.25, 0.40 | 3 of 100 s | {machine} |",
@@ -74,7 +74,7 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     assert table.read_results(tmp_path) == {}
     made = table.make_table("mnist", {}, table.read_tests(tmp_path), "test_error")
     assert made.splitlines()[2:] == [
-        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.170 | | "
+        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 | | "
         "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
     ]
 

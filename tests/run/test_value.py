@@ -164,3 +164,4 @@ def test_a_run_to_resume_that_is_not_there_is_an_error(make_settings, tmp_path):
 def test_the_settings_of_a_preset_are_those_of_its_command_line(preset):
     parsed = parse(make_arguments(preset=preset, routings="None"), EXPERIMENT)
     assert EXPERIMENT.settings(preset) == parsed
+    assert parsed.training == EXPERIMENT.presets[preset or "seed"].training
