@@ -133,13 +133,12 @@ PAPER = Preset(
 BEST = Preset(
     network=CapsNetConfig(),
     training=Training(
-        epochs=20,
+        epochs=30,
         batch_size=128,
         lr_decay=None,
-        shift_pixels=2.8,
-        rotation=10,
-        shear=10,
-        zoom=0.2,
+        rotation=7,
+        shear=5,
+        zoom=0.1,
         average=0.999,
     ),
     lr_total_decay=None,

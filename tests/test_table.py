@@ -89,8 +89,8 @@ def test_a_run_that_has_not_ended_does_not_count(tmp_path):
     ("experiment", "line"),
     [
         ("mnist", "--epochs 1"),
-        ("mnist", "--preset best --precision bfloat16 --seed 3 --epochs 30 --routings 1"),
-        ("mnist", "--preset best --lam-recon 0 --rotation 7 --average 0.99"),
+        ("mnist", "--preset best --precision bfloat16 --seed 3 --epochs 20 --routings 1"),
+        ("mnist", "--preset best --lam-recon 0 --rotation 10 --average 0.99"),
         ("mnist", "--preset paper --epochs 50 --shift-pixels 1.5 --validation 10000"),
         ("mnist", "--preset paper"),
         ("trials", "--preset gradient --validation 10000 --precision bfloat16"),
