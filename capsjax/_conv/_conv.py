@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax._conv import _patches, _toom_cook
+from capsjax._conv import _native, _patches, _toom_cook
 from capsjax._conv._matmul import contract
 from capsjax._conv._tiling import plan_axes
 
@@ -104,7 +104,8 @@ def _convolve_bwd(strides, residuals, dy):
         *residuals,
         dy,
         cpu=functools.partial(_compute_gradients_by_matmul, strides),
-        default=functools.partial(_compute_gradients_natively, strides),
+        tpu=functools.partial(_compute_gradients_natively, _native.differentiate, strides),
+        default=functools.partial(_compute_gradients_natively, _native.compute_gradients, strides),
     )
 
 
@@ -112,12 +113,13 @@ _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _convolve_natively(strides, x, w, b):
-    y = lax.conv_general_dilated(x, w, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = _native.convolve(strides, x, w)
     return y + jnp.broadcast_to(b, y.shape)
 
 
-def _compute_gradients_natively(strides, x, w, b, dy):
-    return jax.vjp(functools.partial(_convolve_natively, strides), x, w, b)[1](dy)
+def _compute_gradients_natively(gradients, strides, x, w, _, dy):
+    dx, dw = gradients(strides, x, w, dy)
+    return dx, dw, jnp.sum(dy, (0, 1, 2))
 
 
 def _convolve_by_matmul(strides, x, w, b):
