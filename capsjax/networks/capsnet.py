@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax._decoder import mask
 from capsjax._primary import Grouping
+from capsjax._relu import relu
 from capsjax._routing import Agreement, Routing
 from capsjax._vectors import length
 from capsjax.networks._network import Network, Output
@@ -166,7 +167,7 @@ class CapsNet(Network):
     def __call__(self, images: ArrayLike, labels: ArrayLike | None = None) -> Output:
         images = jnp.asarray(images)
         self.check_images(images)
-        capsules = self.class_caps(self.primary(jax.nn.relu(self.conv1(images))))
+        capsules = self.class_caps(self.primary(relu(self.conv1(images))))
         return Output(length(capsules), capsules, self.decode(capsules, labels))
 
     def decode(self, capsules: jax.Array, labels: ArrayLike | None = None) -> jax.Array:
