@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax._labels import to_targets
@@ -76,7 +77,7 @@ class Classification:
 
         Whole pixels are shifted exactly; anything else is one bilinear warp.
         """
-        pixels, whole = images[indices], self.shift_pixels == int(self.shift_pixels)
+        pixels, whole = _gather(images, indices), self.shift_pixels == int(self.shift_pixels)
         if whole and not (self.rotation or self.shear or self.zoom):
             moved = to_unit_interval(shift(key, pixels, int(self.shift_pixels)))
         else:
@@ -86,7 +87,7 @@ class Classification:
 
     def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
         """Gathers the examples."""
-        pixels = to_unit_interval(images[indices])
+        pixels = to_unit_interval(_gather(images, indices))
         return Batch(pixels, labels[indices], pixels)
 
     def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
@@ -109,6 +110,15 @@ class Classification:
         present = to_targets(batch.labels, output.scores.shape)
         rank = jnp.argsort(jnp.argsort(-output.scores, -1), -1)
         return jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
+
+
+def _gather(images: jax.Array, indices: ArrayLike) -> jax.Array:
+    """Returns `images[indices]`, read once and from whole rows.
+
+    Otherwise each use of the batch reads the data set, and a TPU turns the data set around first.
+    """
+    rows = images.reshape(len(images), -1)[jnp.asarray(indices)]
+    return lax.optimization_barrier(rows).reshape(-1, *images.shape[1:])
 
 
 def example_batch(task: Task, images: Any, labels: Any) -> Batch:

@@ -67,7 +67,7 @@ def dense_capsules(
     lead, dtype = u.shape[:-2], float_dtype(u)
     # i last: the sums over k then run along whole rows, which a CPU vectorises.
     rows = u.astype(dtype).swapaxes(-1, -2).reshape(math.prod(lead), k, i)
-    matrices = weight.astype(dtype).transpose(0, 2, 3, 1).reshape(j, d, k * i)
+    matrices = weight.astype(dtype).transpose(0, 2, 3, 1)
     inputs = rows, matrices, broadcast_bias(bias, (1, j, d))
 
     b = jnp.zeros((rows.shape[0], j, i))
@@ -83,18 +83,16 @@ def dense_capsules(
 
 
 def _sum_uniformly(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Returns s [b, j, d] for couplings of 1/J; rows are [b, k, i], matrices [j, d, k·i]."""
-    j, d, n = matrices.shape
-    return _dot(rows.reshape(-1, n), matrices.reshape(j * d, n), 1).reshape(-1, j, d) / j
+    """Returns s [b, j, d] for couplings of 1/J; rows are [b, k, i], matrices [j, d, k, i]."""
+    return _dot(rows, matrices, ((1, 2), (2, 3))) / len(matrices)
 
 
 def _sum_weighted(couplings: jax.Array, rows: jax.Array, matrices: jax.Array) -> jax.Array:
     """Returns s [b, j, d] for couplings [b, j, i]."""
 
-    @jax.checkpoint
-    def sum_of_class(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k·i] -> s [b, d]
+    def sum_of_class(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k, i] -> s [b, d]
         weighted = (c[:, None, :] * rows).astype(rows.dtype)
-        return _dot(weighted.reshape(-1, w.shape[1]), w, 1)
+        return _dot(weighted, w, ((1, 2), (1, 2)))
 
     return _map_classes(rows, matrices)(sum_of_class)(couplings, matrices)
 
@@ -102,12 +100,11 @@ def _sum_weighted(couplings: jax.Array, rows: jax.Array, matrices: jax.Array) ->
 def _measure_agreement(v: jax.Array, rows: jax.Array, matrices: jax.Array) -> jax.Array:
     """Returns û · v [b, j, i] for output capsules v [b, j, d]."""
 
-    @jax.checkpoint
     def agreement_of_class(v: jax.Array, w: jax.Array) -> jax.Array:  # v [b, d] -> û·v [b, i]
-        _, k, i = rows.shape
-        values = _dot(v.astype(rows.dtype), w, 0).reshape(-1, k, i)
+        values = _dot(v.astype(rows.dtype), w, ((1,), (0,))).astype(rows.dtype)  # [b, k, i]
         # Written out, since XLA's sum over an inner axis takes ten times as long on a CPU.
-        return sum((values[:, n] * rows[:, n] for n in range(1, k)), values[:, 0] * rows[:, 0])
+        terms = (values[:, n].astype(jnp.float32) * rows[:, n] for n in range(rows.shape[1]))
+        return sum(terms, jnp.zeros(()))
 
     return _map_classes(rows, matrices)(agreement_of_class)(v, matrices)
 
@@ -133,14 +130,15 @@ def _map_together(function: Callable) -> Callable:
 
 
 def _map_in_turn(function: Callable) -> Callable:
-    """Maps with the memory of a single class."""
+    """Maps with the memory of a single class; the gradient computes each class anew."""
+    of_class = jax.checkpoint(function)
 
     def over_classes(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.map(lambda pair: function(*pair), (x.swapaxes(0, 1), w)).swapaxes(0, 1)
+        return lax.map(lambda pair: of_class(*pair), (x.swapaxes(0, 1), w)).swapaxes(0, 1)
 
     return over_classes
 
 
-def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    """Sums over the last axis of x and one of w, in float32."""
-    return lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(x: jax.Array, w: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """Sums over some axes of x and of w, in float32."""
+    return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=jnp.float32)
