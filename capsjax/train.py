@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -40,8 +41,6 @@ class Diagnostics(NamedTuple):
     """Diagnostics of one step, which the host reads a little later."""
 
     step: jax.Array  # int32: its number, from 1
-    pixel_mean: jax.Array  # float32: the mean of its images, from 0 to 1
-    param_norms: jax.Array  # float32 [n]: L2 norm of each parameter array, before the update
     sums: Sums  # over its batch
     gradient_norms: jax.Array  # float32 [n]: L2 norm of each array of the gradient
 
@@ -177,6 +176,7 @@ def train_step(
         return sums.losses["loss"] / batch.images.shape[0], (sums, _split(model)[2])
 
     gradient, (sums, statistics) = jax.grad(mean_loss, has_aux=True)(state.params)
+    gradient = jax.tree.map(_keep_layout, gradient)
     updates, opt_state = setup.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     next_state = TrainState(
@@ -187,9 +187,7 @@ def train_step(
         opt_state=opt_state,
         sums=jax.tree.map(jnp.add, state.sums, sums),
     )
-    norms = _norms(state.params), _norms(gradient)
-    mean = jnp.mean(batch.images)
-    return next_state, Diagnostics(state.step + 1, mean, norms[0], sums, norms[1])
+    return next_state, Diagnostics(state.step + 1, sums, _norms(gradient))
 
 
 def eval_step(
@@ -269,6 +267,15 @@ def _average(decay: float | None, state: TrainState, params: Any) -> Any:
         return {}
     delta = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(lambda old, new: delta * old + (1 - delta) * new, state.average, params)
+
+
+def _keep_layout(leaf: jax.Array) -> jax.Array:
+    """Asks for the layout of the parameters.
+
+    A platform's convolution returns a kernel's gradient in a layout of its own; XLA would copy the
+    moments into it and back, rather than this.
+    """
+    return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
 
 
 def _norms(tree: Any) -> jax.Array:
