@@ -12,16 +12,18 @@ import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from benchmarking.capsjax_tasks import write_inputs
+from benchmarking.chips import make_mesh_of
+from benchmarking.compiled import inspect_step
 from benchmarking.contender import Contender, Worker
 from benchmarking.picture import draw_results
 from benchmarking.stages import count_costs
 from benchmarking.start import measure_start
-from benchmarking.tables import show_contest, show_growth, show_sizes, show_stages
+from benchmarking.tables import show_compiled, show_contest, show_growth, show_sizes, show_stages
 from capsjax.run.pictures import write
 
 PYTORCH, CAPSJAX = "PyTorch float32", "capsjax float32"
@@ -62,11 +64,16 @@ class Benchmark:
     """Steps a turn, after one that is not timed."""
     save_dir: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
+    compile_for: Literal["h100", "v5e"] | None = None
+    """Only compile the train step for a chip that need not be here, and show its cost."""
 
 
 def main() -> None:
     """Measures what the command line asks for, prints it and saves it."""
     settings = tyro.cli(Benchmark)
+    if settings.compile_for is not None:
+        compile_for(settings.compile_for, settings.batch_size)
+        return
     os.environ["JAX_PLATFORMS"] = "cpu"  # PyTorch's part runs there, too
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilations are timed
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +81,13 @@ def main() -> None:
         write_inputs(inputs, max(settings.batch_size, *SIZES))
         results = measure(settings, inputs)
     save(results, settings.save_dir)
+
+
+def compile_for(chip: str, batch: int) -> None:
+    """Compiles the train step for a chip, and prints what the compiler made of it."""
+    mesh = make_mesh_of(chip)
+    programs = {dtype: inspect_step(mesh, dtype, batch) for dtype in ("float32", "bfloat16")}
+    show_compiled(mesh.devices.flat[0].device_kind, batch, programs)
 
 
 def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:

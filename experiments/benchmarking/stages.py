@@ -30,6 +30,15 @@ def count_costs(batch: int) -> dict[str, Cost]:
     return stages | {PRODUCT: Cost(2 * SIDE**3, 0), COPY: Cost(0, 8 * LENGTH)}
 
 
+def count_least(batch: int, dtype: str) -> Cost:
+    """Counts what a step must do at least: the convolutions, and each number once a stage."""
+    costs = {name: cost for name, cost in count_costs(batch).items() if name not in PEAKS}
+    width = 1 if dtype == "float32" else 0.5
+    flop = sum(cost.flop for name, cost in costs.items() if name.startswith("conv"))
+    moved = {name: cost.bytes * width for name, cost in costs.items()}
+    return Cost(flop, sum(moved.values()) + (1 - width) * costs["optimiser"].bytes)
+
+
 def _count_numbers() -> dict[str, tuple[float, float, float]]:
     """Returns multiplications for an image, numbers moved for an image, numbers moved once."""
     return {

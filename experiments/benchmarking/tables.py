@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.stages import COPY, PEAKS, PRODUCT
+from benchmarking.compiled import Program
+from benchmarking.stages import COPY, PEAKS, PRODUCT, count_least
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -58,3 +59,17 @@ def _format_stage(result: Mapping[str, float], flops: float, bandwidth: float) -
         f"{result['bytes'] / seconds / 1e9:7.1f}"
         f"{1e3 * result['flop'] / flops:9.1f}{1e3 * result['bytes'] / bandwidth:7.1f}"
     )
+
+
+def show_compiled(name: str, batch: int, programs: Mapping[str, Program]) -> None:
+    """Prints what the compiler makes of a train step, beside the least that a step must do."""
+    print(f"train step of {batch} images, compiled for {name}, never run")
+    print(f"\n{'':19}{'GFLOP':>7}{'moved':>10}{'temporaries':>13}{'kernels':>9}")
+    for dtype, program in programs.items():
+        flop, moved = count_least(batch, dtype)
+        print(f"{dtype + ', at least':19}{flop / 1e9:7.0f}{moved / 1e9:7.2f} GB")
+        print(
+            f"{dtype:19}{program.flop / 1e9:7.0f}{program.bytes / 1e9:7.2f} GB"
+            f"{program.temporaries / 2**20:9.0f} MiB{program.kernels:9}"
+        )
+    print("\nGFLOP: of the convolutions on a GPU, of everything on a TPU")

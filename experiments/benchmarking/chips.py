@@ -1,0 +1,71 @@
+"""Chips that XLA compiles for without having one."""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+# What XLA asks the driver for where there is a card.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Chip(NamedTuple):
+    """Where a chip's compiler comes from."""
+
+    modules: tuple[str, ...]  # any of these brings the compiler
+    extra: str  # of capsjax, which installs one of them
+
+
+CHIPS = {
+    "h100": Chip(("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "cuda12"),
+    "v5e": Chip(("libtpu",), "tpu"),
+}
+
+
+def make_mesh_of(name: str) -> Mesh:
+    """Makes a mesh of one chip that need not be here. Call it before JAX starts its devices.
+
+    Raises:
+      SystemExit: if the wheels with its compiler are missing.
+    """
+    chip = CHIPS[name]
+    if not any(_is_installed(module) for module in chip.modules):
+        raise SystemExit(
+            f"the compiler for the {name} is missing: python -m pip install -e '.[{chip.extra}]'"
+        )
+    if name == "h100":
+        flags = "--xla_gpu_autotune_level=0"  # tuning needs the card
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+        jax.config.update("jax_platforms", "cuda,cpu")
+        options = {"platform": "cuda", "topology": "1x1x1", "target_config": _H100}
+        topology = topologies.get_topology_desc(**options)
+    else:
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nobody to ask where there is no TPU
+        jax.config.update("jax_platforms", "cpu")  # and no driver for a GPU either
+        topology = topologies.get_topology_desc("v5e:1x1", "tpu")
+    return Mesh(np.array(topology.devices), ("data",))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False

@@ -1,0 +1,79 @@
+"""What a compiled train step costs, read off its text."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarking import chips
+from benchmarking.chips import CHIPS, make_mesh_of
+from benchmarking.compiled import count_convolutions, count_kernels, count_traffic
+from benchmarking.stages import count_least
+
+BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmark.py"
+
+# Shapes as XLA prints them: images [2, 8, 8, 3], kernel [4, 3, 3, 3], results [2, 6, 6, 4].
+PROGRAM = """HloModule step
+
+ENTRY %main {
+  %x = bf16[2,8,8,3]{3,2,1,0} parameter(0)
+  %w = bf16[4,3,3,3]{3,2,1,0} parameter(1)
+  %forward = (bf16[2,6,6,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %dy = bf16[2,6,6,4]{3,2,1,0} get-tuple-element(%forward), index=0
+  %dx = (bf16[2,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%dy, %w), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %dw = (bf16[4,3,3,3]{3,2,1,0}, u8[0]{0}) custom-call(%x, %dy), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %sum = f32[] fusion(%dy), kind=kInput, calls=%fused
+}
+"""
+
+
+def test_forward_and_both_gradients_of_a_convolution_count_the_same_arithmetic():
+    assert count_convolutions(PROGRAM) == 3 * 2 * (2 * 6 * 6 * 4) * (3 * 3 * 3)
+
+
+def test_operands_and_results_are_counted_in_bytes_and_each_launch_as_a_kernel():
+    x, w, y = 2 * 2 * 8 * 8 * 3, 2 * 4 * 3 * 3 * 3, 2 * 2 * 6 * 6 * 4
+    assert count_traffic(PROGRAM) == (x + w + y) + (y + w + x) + (x + y + w) + (y + 4)
+    assert count_kernels(PROGRAM) == 4
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_missing_compiler_is_named_with_the_command_that_brings_it(chip, monkeypatch):
+    monkeypatch.setattr(chips, "_is_installed", lambda module: False)
+    with pytest.raises(SystemExit, match=rf"the {chip} is missing: .* -e '\.\[{CHIPS[chip].extra}"):
+        make_mesh_of(chip)
+
+
+def compile_step(chip: str, batch: int) -> dict[str, list[float]]:
+    """Returns GFLOP, GB, MiB and kernels of the step, by its dtype."""
+    if not any(map(chips._is_installed, CHIPS[chip].modules)):
+        pytest.skip(f"needs the compiler for the {chip}, the extra {CHIPS[chip].extra}")
+    words = [sys.executable, BENCHMARK, "--compile-for", chip, "--batch-size", str(batch)]
+    environment = {name: os.environ[name] for name in os.environ if name != "JAX_PLATFORMS"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    lines = re.findall(r"^(float32|bfloat16) (.*)$", done.stdout, re.MULTILINE)
+    return {dtype: [float(n) for n in re.findall(r"[\d.]+", rest)] for dtype, rest in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [128, 512])
+def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
+    for dtype, (gflop, moved, temporaries, kernels) in compile_step("h100", batch).items():
+        least = count_least(batch, dtype)
+        assert gflop < 1.05 * least.flop / 1e9
+        assert kernels < 130
+        if (dtype, batch) == ("bfloat16", 128):
+            assert temporaries < 90
+            assert moved < 1.3
+
+
+@pytest.mark.slow
+def test_a_v5e_does_little_arithmetic_beside_the_direct_convolutions():
+    for dtype, (gflop, *_) in compile_step("v5e", 128).items():
+        assert gflop < 1.1 * count_least(128, dtype).flop / 1e9
