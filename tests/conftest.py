@@ -40,6 +40,14 @@ def _matplotlib_folder(shared_folder):
     os.environ["MPLCONFIGDIR"] = str(shared_folder / "matplotlib")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_programs(shared_folder):
+    """Keeps what took long to compile for tests of the same shapes in other files."""
+    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "compiled"))
+    jax.config.update("jax_compilation_cache_max_size", 2**32)  # with a limit JAX locks the cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 @pytest.fixture(autouse=True)
 def _home(tmp_path_factory, monkeypatch):
     """Hides what the user keeps at home."""

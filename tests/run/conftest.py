@@ -15,10 +15,9 @@ from tiny_run import Outcome, run_command, write_images
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_cache(shared_folder):
-    """Keeps what a test compiled for the others: compiling takes far longer than the tiny steps."""
+    """Keeps all that a test compiled: compiling takes far longer than the tiny steps."""
     settings = {
         "jax_compilation_cache_dir": str(shared_folder / "compiled"),
-        "jax_compilation_cache_max_size": 2**32,  # with a limit JAX locks the cache, else not
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_disable_most_optimizations": True,
     }
