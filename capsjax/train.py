@@ -41,6 +41,7 @@ class Diagnostics(NamedTuple):
     """Diagnostics of one step, which the host reads a little later."""
 
     step: jax.Array  # int32: its number, from 1
+    pixel_mean: jax.Array  # float32: the mean of its images, from 0 to 1
     sums: Sums  # over its batch
     gradient_norms: jax.Array  # float32 [n]: L2 norm of each array of the gradient
 
@@ -187,7 +188,8 @@ def train_step(
         opt_state=opt_state,
         sums=jax.tree.map(jnp.add, state.sums, sums),
     )
-    return next_state, Diagnostics(state.step + 1, sums, _norms(gradient))
+    mean = jnp.mean(batch.images)
+    return next_state, Diagnostics(state.step + 1, mean, sums, _norms(gradient))
 
 
 def eval_step(

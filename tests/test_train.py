@@ -84,9 +84,9 @@ def test_every_output_has_its_shape_and_dtype(steps):
     assert_are_sums(train.zero_sums(train.loss_names(tiny.make_capsnet(), tiny.TASK)))
     assert_are_sums(diagnostics.sums)
     assert_are_sums(state.sums)
-    chex.assert_shape(diagnostics.step, ())
+    chex.assert_shape([diagnostics.step, diagnostics.pixel_mean], ())
     chex.assert_shape(diagnostics.gradient_norms, (len(jax.tree.leaves(state.params)),))
-    chex.assert_type(diagnostics.step, np.int32)
+    chex.assert_type(diagnostics[:2], [np.int32, np.float32])
     chex.assert_type(diagnostics.gradient_norms, np.float32)
     sums, predicted = evaluate(steps[1], state, np.arange(tiny.BATCH))
     assert_are_sums(sums)
@@ -146,6 +146,7 @@ def test_three_steps_are_gather_shift_normalise_loss_and_adam(steps, lam_recon, 
         sums = jax.tree.map(np.add, sums, expected)
         chex.assert_trees_all_close(state.sums, sums, rtol=1e-5)
         assert diagnostics.step == state.step == number + 1
+        np.testing.assert_allclose(diagnostics.pixel_mean, x.mean(), rtol=1e-5)
         norms = [np.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(gradient)]
         np.testing.assert_allclose(diagnostics.gradient_norms, norms, rtol=1e-5)
 

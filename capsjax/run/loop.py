@@ -209,6 +209,8 @@ class Runner:
 
     def _require_finite(self, step: Diagnostics, metrics: Metrics) -> None:
         """Checks in the order of computation, so that the first culprit is named."""
+        if not math.isfinite(step.pixel_mean):
+            raise Diverged(f"step {step.step}: the mean of its pixels is {step.pixel_mean}")
         _require_finite_losses(step.step, metrics)
         named = zip(self._param_names, step.gradient_norms, strict=True)
         bad = [name for name, norm in named if not math.isfinite(norm)]

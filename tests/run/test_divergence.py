@@ -41,15 +41,20 @@ def put_nan_into_an_image(state, images, batch):
 
 
 @pytest.mark.parametrize(
-    "spoil", [put_nan_into_a_parameter, put_nan_into_an_image], ids=["parameter", "image"]
+    ("spoil", "words"),
+    [
+        (put_nan_into_a_parameter, "the margin loss is nan;"),
+        (put_nan_into_an_image, "the mean of its pixels is nan;"),
+    ],
+    ids=["parameter", "image"],
 )
 def test_a_nan_stops_the_run_at_the_step_that_meets_it_and_keeps_the_checkpoint_before(
-    start, spoil
+    start, spoil, words
 ):
     with spoil_step(STEPS + 2, spoil):
         outcome = start(checkpoint_steps=2, shift_pixels=0)
     assert outcome.status == 1
-    assert outcome.err.startswith(f"error: step {STEPS + 2}: the margin loss is nan;")
+    assert outcome.err.startswith(f"error: step {STEPS + 2}: {words}")
     assert str(outcome.folder) in outcome.err
     assert outcome.err.count("\n") == 1
     assert list_steps(outcome.folder) == [4, STEPS]
