@@ -8,8 +8,8 @@ import jax.numpy as jnp
 def relu(x: jax.Array) -> jax.Array:
     """Computes max(0, x), with gradient 0 at x ≤ 0.
 
-    `jax.nn.relu` keeps its input for the gradient. This one keeps its output, which the next layer
-    keeps anyhow, so that a convolution can apply it before anything is written to memory.
+    The gradient of `jax.nn.relu` looks at its input, this one at its output, which the next layer
+    keeps anyhow. So a convolution can apply it before anything is written to memory.
     """
     return jnp.maximum(x, 0)
 

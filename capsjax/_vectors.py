@@ -49,7 +49,7 @@ def length(x: ArrayLike, axis: int = -1, *, keepdims: bool = False) -> jax.Array
     x = jnp.asarray(x)
     _check_axis("length", x, axis)
     square = jnp.sum(jnp.square(at_least_float32(x)), axis, keepdims=keepdims)
-    zero = square <= 0  # not of a NaN, which stays one
+    zero = square <= 0  # False for NaN, which passes through
     # Both branches of `where` are differentiated: √ must never see a 0.
     norm = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
     return norm.astype(float_dtype(x))

@@ -1,5 +1,7 @@
 """Times CapsNet's training and prediction on this machine's CPU, beside the same in PyTorch.
 
+With --compile-for it shows what the compiler makes of the train step for a GPU or a TPU instead.
+
 python -m pip install -e ".[bench]" && python experiments/benchmark.py
 """
 

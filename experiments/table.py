@@ -166,9 +166,9 @@ def draw(results: dict[str, list[Run]]) -> Figure:
         errors, color = np.array([run.read("test_error") for run in runs]), f"C{number}"
         epochs = np.arange(1, errors.shape[1] + 1)
         axes.plot(epochs, errors.T, color=color, linewidth=0.5, alpha=0.6)
-        axes.plot(epochs, errors.mean(0), color=color, linewidth=1.8, label=name)
+        axes.plot(epochs, errors.mean(0), ".-", color=color, linewidth=1.8, label=name)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("epoch")

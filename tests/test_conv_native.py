@@ -17,6 +17,7 @@ from convolutions import (
     TOOM_COOK,
     assert_close,
     definition,
+    platform_conv,
     sample,
     sizes,
     value_and_gradients,
@@ -76,8 +77,21 @@ def test_sizes_of_all_kinds_give_the_convolution_and_its_gradients(case, dtype):
 
 
 @pytest.mark.usefixtures("_accelerator")
-def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices():
-    strides, arrays = (2, 2), sample((16, 9, 11, 3), (3, 4, 3, 5), (2, 2))
+def test_the_gradient_is_differentiable():
+    strides, (x, w, b, _) = (2, 3), sample((1, 11, 9, 2), (4, 3, 2, 3), (2, 3))
+
+    def slope(convolve):
+        dw = jax.grad(lambda w, x: jnp.sum(convolve(x, w, b) ** 2))
+        return jax.jit(jax.grad(lambda x: jnp.sum(dw(w, x) ** 2)))(x)
+
+    ours = functools.partial(conv, strides=strides)
+    assert_close([slope(ours)], [slope(functools.partial(platform_conv, strides))], 1e-6)
+
+
+@pytest.mark.usefixtures("_accelerator")
+@pytest.mark.parametrize("strides", [(2, 2), (5, 3)], ids=["", "beyond-the-kernel"])
+def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices(strides):
+    arrays = sample((16, 9, 11, 3), (3, 4, 3, 5), strides)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("data"), PartitionSpec()
     sharded = jax.shard_map(

@@ -1,6 +1,7 @@
 """The two steps on one device."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -272,3 +273,13 @@ def test_a_variable_that_is_neither_parameter_nor_statistic_is_refused_by_its_na
     model = NoisyNetwork(config, tiny.IMAGE, tiny.NUM_CLASSES, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'dropout', 'rngs', 'key'"):
         train.create(model, tiny.OPTIMIZER, tiny.TASK)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_step_gathers_its_images_once_and_a_gpus_gradients_keep_their_layout(platform):
+    state = first_state()
+    traced = jax.jit(partial(train_step, tiny.SETUP)).trace(state, KEY, IMAGES, LABELS, BATCHES[0])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(r"optimization_barrier.*ui8", text)) == 1
+    arrays = len(jax.tree.leaves(state.params))
+    assert text.count("@LayoutConstraint") == (arrays if platform == "cuda" else 0)

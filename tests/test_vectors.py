@@ -164,7 +164,7 @@ def test_a_result_in_bfloat16_is_rounded_once(name, rng):
     np.testing.assert_array_equal(getattr(capsjax, name)(s), expected)
 
 
-def test_a_vector_with_a_number_that_is_none_has_neither_length_nor_direction():
+def test_nan_passes_through_length_and_squash():
     s = jnp.array([[3.0, jnp.nan], [3.0, 4.0]])
     np.testing.assert_array_equal(capsjax.length(s), [np.nan, 5])
     assert jnp.isnan(capsjax.squash(s[0])).all()

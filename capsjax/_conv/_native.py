@@ -1,8 +1,8 @@
 """The convolution of the platform's own library, and both gradients as operations of that library.
 
-Of a convolution with strides, XLA compiles the gradients that JAX derives for a GPU as convolutions
-of zeros, mostly: CapsNet's second one took an H100 twelve times the arithmetic. So they are written
-in the forms by which XLA recognises the library's operations. A TPU skips the zeros by itself.
+For a GPU, XLA compiles JAX's gradients of a strided convolution as convolutions of arrays that are
+spread out with zeros. So both are written in the forms by which XLA recognises the library's
+operations. A TPU skips the zeros by itself.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _compute_dw(strides, x, shape, dy) -> Array:
     sizes = zip(x.shape[1:3], dy.shape[1:3], strides, shape[:2], strict=True)
     unused = [h - (n - 1) * s - k for h, n, s, k in sizes]
     if all(n <= k for n, k in zip(dy.shape[1:3], shape[:2], strict=True)):
-        # XLA takes this for a forward convolution, which cannot leave out pixels but by zeros.
+        # XLA takes this for a forward convolution, for which it would pad instead of crop.
         x = x[:, : x.shape[1] - unused[0], : x.shape[2] - unused[1]]
         unused = [0, 0]
     return lax.conv_general_dilated(
@@ -62,7 +62,7 @@ def _compute_dx(strides, shape, w, dy) -> Array:
 
 
 def _spread(w: Array, dy: Array, rows: int, columns: int) -> Array:
-    """Transposes a convolution of stride 1, for images of at least its size."""
+    """Returns the images' gradient of a convolution of stride 1, padded with zeros to a size."""
     taps = w.shape[:2]
     if 0 in taps:  # the stride leaves these pixels out
         return jnp.zeros((dy.shape[0], rows, columns, w.shape[2]), dy.dtype)

@@ -3,7 +3,9 @@
 Letters: b all examples, j output capsule, i input capsule, d output and k input dimension.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 
 import jax
@@ -101,10 +103,11 @@ def _measure_agreement(v: jax.Array, rows: jax.Array, matrices: jax.Array) -> ja
     """Returns û · v [b, j, i] for output capsules v [b, j, d]."""
 
     def agreement_of_class(v: jax.Array, w: jax.Array) -> jax.Array:  # v [b, d] -> û·v [b, i]
-        values = _dot(v.astype(rows.dtype), w, ((1,), (0,))).astype(rows.dtype)  # [b, k, i]
+        # [b, k, i], rounded, since an accelerator writes them to memory for all classes.
+        values = _dot(v.astype(rows.dtype), w, ((1,), (0,))).astype(rows.dtype)
         # Written out, since XLA's sum over an inner axis takes ten times as long on a CPU.
         terms = (values[:, n].astype(jnp.float32) * rows[:, n] for n in range(rows.shape[1]))
-        return sum(terms, jnp.zeros(()))
+        return functools.reduce(operator.add, terms)
 
     return _map_classes(rows, matrices)(agreement_of_class)(v, matrices)
 

@@ -63,8 +63,9 @@ class Runner:
         on the test images, and their predicted classes.
 
         Raises:
-          Diverged: at the first step in which something is not finite, naming what was so first,
-            or the end of the first epoch after which a validation or test loss is not.
+          Diverged: at the first step whose pixels, losses or gradient are not finite, at the first
+            checkpoint of parameters that are not, or after the first epoch whose validation or test
+            loss is not.
           SystemExit: after SIGINT or SIGTERM and the checkpoint that follows it, status 128 + n.
         """
         plan, tested = self.plan, None
@@ -208,7 +209,7 @@ class Runner:
         bar.update(metrics.examples)
 
     def _require_finite(self, step: Diagnostics, metrics: Metrics) -> None:
-        """Checks in the order of computation, so that the first culprit is named."""
+        """Checks in the order of computation, so that what was not finite first is named."""
         if not math.isfinite(step.pixel_mean):
             raise Diverged(f"step {step.step}: the mean of its pixels is {step.pixel_mean}")
         _require_finite_losses(step.step, metrics)

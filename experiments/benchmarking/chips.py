@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-# What XLA asks the driver for where there is a card.
+# The description of the device that XLA would get from the driver.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

@@ -28,7 +28,7 @@ class Program(NamedTuple):
     """What a compiled train step costs."""
 
     flop: float  # of convolutions, where they are the library's; of everything on a TPU
-    bytes: float  # read and written by all its operations
+    bytes: float  # operands and results of all its operations, the whole data set of a gather too
     temporaries: int  # bytes
     kernels: int  # operations that are launched one after the other
 
@@ -64,7 +64,10 @@ def count_convolutions(text: str) -> float:
     """Counts the floating-point operations of all cuDNN convolutions in a program's text."""
     sizes = re.finditer(r"(%[\w.-]+) = \(?\w+\[([\d,]+)\]", text)
     shapes = {match[1]: [int(n) for n in match[2].split(",")] for match in sizes}
-    calls = [match.groups() for line in text.splitlines() if (match := _CUDNN.match(line))]
+    lines = [line for line in text.splitlines() if 'custom_call_target="__cudnn$conv' in line]
+    calls = [match.groups() for line in lines if (match := _CUDNN.match(line))]
+    if not calls or len(calls) < len(lines):
+        raise ValueError("the compiler's text has another form than the one that is read here")
     return sum(_count_convolution(shapes, *call) for call in calls)
 
 

@@ -30,9 +30,11 @@ def count_costs(batch: int) -> dict[str, Cost]:
     return stages | {PRODUCT: Cost(2 * SIDE**3, 0), COPY: Cost(0, 8 * LENGTH)}
 
 
-def count_least(batch: int, dtype: str) -> Cost:
-    """Counts what a step must do at least: the convolutions, and each number once a stage."""
-    costs = {name: cost for name, cost in count_costs(batch).items() if name not in PEAKS}
+def count_step(batch: int, dtype: str) -> Cost:
+    """Counts the arithmetic of the convolutions, and the bytes of all stages of a step."""
+    costs = count_costs(batch)
+    for name in (*PEAKS, "predictions and routing forward"):  # no stage, and one that is in another
+        del costs[name]
     width = 1 if dtype == "float32" else 0.5
     flop = sum(cost.flop for name, cost in costs.items() if name.startswith("conv"))
     moved = {name: cost.bytes * width for name, cost in costs.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarking.compiled import Program
-from benchmarking.stages import COPY, PEAKS, PRODUCT, count_least
+from benchmarking.stages import COPY, PEAKS, PRODUCT, count_step
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -62,12 +62,12 @@ def _format_stage(result: Mapping[str, float], flops: float, bandwidth: float) -
 
 
 def show_compiled(name: str, batch: int, programs: Mapping[str, Program]) -> None:
-    """Prints what the compiler makes of a train step, beside the least that a step must do."""
+    """Prints what the compiler makes of a train step, beside what its stages take directly."""
     print(f"train step of {batch} images, compiled for {name}, never run")
     print(f"\n{'':19}{'GFLOP':>7}{'moved':>10}{'temporaries':>13}{'kernels':>9}")
     for dtype, program in programs.items():
-        flop, moved = count_least(batch, dtype)
-        print(f"{dtype + ', at least':19}{flop / 1e9:7.0f}{moved / 1e9:7.2f} GB")
+        flop, moved = count_step(batch, dtype)
+        print(f"{dtype + ', directly':19}{flop / 1e9:7.0f}{moved / 1e9:7.2f} GB")
         print(
             f"{dtype:19}{program.flop / 1e9:7.0f}{program.bytes / 1e9:7.2f} GB"
             f"{program.temporaries / 2**20:9.0f} MiB{program.kernels:9}"
