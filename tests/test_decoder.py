@@ -47,7 +47,11 @@ def test_mask_equals_the_paper_with_labels_in_every_form(rng, lead, dtype, call)
         np.testing.assert_array_equal(float64(x), reference.mask(float64(v), float64(capsules)))
 
 
-@given(hnp.arrays(np.float32, (4, J, D), elements=st.floats(-2, 2, width=32)))
+# A length whose square underflows counts as zero.
+_NUMBERS = st.floats(-2, 2, width=32).filter(lambda x: x == 0 or abs(x) > 1e-18)
+
+
+@given(hnp.arrays(np.float32, (4, J, D), elements=_NUMBERS))
 @settings(max_examples=60)
 def test_without_labels_the_longest_capsule_is_kept(v):
     kept = np.asarray(jax.jit(capsjax.mask)(v)).reshape(v.shape)

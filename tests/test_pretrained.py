@@ -14,6 +14,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LIMIT = 17_000_000  # bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_network_is_small_and_makes_the_error_that_its_file_and_card_tell(name):
     file = PRETRAINED[name]

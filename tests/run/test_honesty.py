@@ -32,7 +32,7 @@ def praise_the_last_epoch(folder) -> np.ndarray:
         ({}, "images"),
         ({}, "labels"),
         ({"validation": 10, "epochs": 6, "lr": 0.01}, "labels"),
-        ({"preset": "best"}, "labels"),
+        pytest.param({"preset": "best"}, "labels", marks=pytest.mark.slow),
     ],
     ids=str,
 )
