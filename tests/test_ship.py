@@ -13,6 +13,8 @@ from capsjax.presets import SEED
 from capsjax.run import Experiment, main
 from data_files import digits, write_npz
 
+pytestmark = pytest.mark.slow
+
 TINY = dataclasses.replace(
     SEED,
     network=dataclasses.replace(SEED.network, channels=4, types=1, hidden=(8,)),
