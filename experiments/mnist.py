@@ -8,7 +8,7 @@ python experiments/mnist.py --dataset flowers --data-dir my_images --validation 
 The capsules of "Dynamic Routing Between Capsules" read handwritten digits and draw them: each run
 leaves its error by epoch, reconstructions, perturbations of a capsule, and the digits it misreads.
 
-One epoch of the preset `seed` (`--epochs 1`) takes 104 s on 2 cores of an AMD EPYC (Python 3.13,
+One epoch of the preset `seed` (`--epochs 1`) takes 106 s on 2 cores of an AMD EPYC (Python 3.13,
 JAX 0.12, float32) and ends with a test error of 1.25 %. The paper reports 0.25 % after 640 epochs.
 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.

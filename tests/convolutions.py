@@ -26,7 +26,7 @@ PATCHES = {
     "few channels": ((2, 13, 17, 3), (5, 4, 3, 4), (2, 3)),
     "taps as large as the image": ((3, 5, 4, 2), (5, 4, 2, 3), (1, 1)),
     "one tap": ((2, 5, 6, 64), (1, 1, 64, 64), (2, 1)),
-    "no images": ((0, 5, 6, 2), (3, 3, 2, 3), (1, 1)),
+    "no images of few channels": ((0, 5, 6, 2), (3, 3, 2, 3), (1, 1)),
 }
 
 
@@ -89,3 +89,9 @@ def platform_conv(strides, x, w, b):
         x, w, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return y + jnp.broadcast_to(b, y.shape)
+
+
+def second_derivative(convolve, x, w, b):
+    """Returns the gradient, by the images, of the square of the gradient by the kernel."""
+    dw = jax.grad(lambda w, x: jnp.sum(convolve(x, w, b) ** 2))
+    return jax.jit(jax.grad(lambda x: jnp.sum(dw(w, x) ** 2)))(x)
