@@ -20,6 +20,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
     "shear": (lambda value: 0 <= value <= 80, "from 0 to 80"),
     "zoom": (lambda value: 0 <= value <= 0.9, "from 0 to 0.9"),
+    "elastic": (lambda value: 0 <= value < math.inf, "0 or more"),
     "average": (lambda value: 0 < value < 1, "between 0 and 1"),
 }
 
@@ -46,6 +47,8 @@ class Training:
     """Largest random shear of a training image either way, in degrees."""
     zoom: float = 0
     """Largest random zoom of a training image along each axis: 0.2 for 0.8 to 1.2."""
+    elastic: float = 0
+    """Standard deviation of a random, smooth distortion of a training image, in pixels."""
     average: float | None = None
     """Decay of a moving average of the weights, which evaluation then uses. None: no average."""
 

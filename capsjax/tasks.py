@@ -59,6 +59,7 @@ class Classification:
       rotation: the largest rotation of a training image either way, in degrees.
       shear: the largest shear either way, in degrees.
       zoom: the largest change of scale, along rows and columns by itself; 0.2 for 0.8 to 1.2.
+      elastic: the standard deviation of a smooth distortion, in pixels.
 
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5.
@@ -69,6 +70,7 @@ class Classification:
     rotation: float = 0
     shear: float = 0
     zoom: float = 0
+    elastic: float = 0
 
     def train_batch(
         self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
@@ -78,10 +80,10 @@ class Classification:
         Whole pixels are shifted exactly; anything else is one bilinear warp.
         """
         pixels, whole = _gather(images, indices), self.shift_pixels == int(self.shift_pixels)
-        if whole and not (self.rotation or self.shear or self.zoom):
+        limits = {name: getattr(self, name) for name in ("rotation", "shear", "zoom", "elastic")}
+        if whole and not any(limits.values()):
             moved = to_unit_interval(shift(key, pixels, int(self.shift_pixels)))
         else:
-            limits = {"rotation": self.rotation, "shear": self.shear, "zoom": self.zoom}
             moved = warp(key, to_unit_interval(pixels), shift=self.shift_pixels, **limits)
         return Batch(moved, labels[indices], moved)
 

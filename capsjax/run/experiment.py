@@ -17,6 +17,7 @@ def make_classification(training: Training) -> Classification:
         rotation=training.rotation,
         shear=training.shear,
         zoom=training.zoom,
+        elastic=training.elastic,
     )
 
 
