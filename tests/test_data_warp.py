@@ -1,4 +1,4 @@
-"""Affine augmentation: one bilinear warp per image."""
+"""Affine and elastic augmentation: one bilinear warp per image."""
 
 import math
 from functools import partial
@@ -10,14 +10,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from capsjax.data import shift, warp
-from capsjax.data._warp import _warp_image
+from capsjax.data._warp import _draw_fields, _warp_image
 from capsjax.sharding import make_mesh
 
 KEY = jax.random.key(0)
-LIMITS = {"rotation": 20.0, "shear": 15.0, "zoom": 0.2, "shift": 2.5}
+LIMITS = {"rotation": 20.0, "shear": 15.0, "zoom": 0.2, "shift": 2.5, "elastic": 1.0}
 
 
-def warp_by_hand(image, theta, phi, zoom_rows, zoom_columns, down, right):
+def warp_by_hand(image, theta, phi, zoom_rows, zoom_columns, down, right, field=None):
     """The definition in the docstring, pixel by pixel in float64; angles in degrees."""
     height, width, _ = image.shape
     theta, phi = math.radians(theta), math.radians(phi)
@@ -30,6 +30,8 @@ def warp_by_hand(image, theta, phi, zoom_rows, zoom_columns, down, right):
             r, c = r, c + tan * r
             r, c = cos * r - sin * c, sin * r + cos * c
             r, c = r + (height - 1) / 2 - down, c + (width - 1) / 2 - right
+            if field is not None:
+                r, c = r + field[p, q, 0], c + field[p, q, 1]
             for row in (math.floor(r), math.floor(r) + 1):
                 for column in (math.floor(c), math.floor(c) + 1):
                     if 0 <= row < height and 0 <= column < width:
@@ -54,6 +56,35 @@ def test_an_image_is_warped_as_the_definition_says(rng, draws):
     image = rng.uniform(size=(9, 7, 2)).astype(np.float32)
     warped = jax.jit(_warp_image)(image, jnp.array(draws, jnp.float32))
     np.testing.assert_allclose(warped, warp_by_hand(image, *draws), atol=2e-5)
+
+
+def test_an_image_is_distorted_as_the_definition_says(rng):
+    image = rng.uniform(size=(9, 7, 2)).astype(np.float32)
+    field = rng.normal(size=(9, 7, 2)).astype(np.float32)
+    draws = (-12, 7, -0.1, 0.15, -0.6, 0.5)
+    warped = jax.jit(_warp_image)(image, jnp.array(draws, jnp.float32), field)
+    np.testing.assert_allclose(warped, warp_by_hand(image, *draws, field), atol=2e-5)
+
+
+def test_displacements_have_their_deviation_everywhere_and_are_smooth():
+    fields = np.asarray(_draw_fields(KEY, (4000, 28, 20, 1)))
+    assert fields.shape == (4000, 28, 20, 2)
+    np.testing.assert_allclose(fields.std(0), 1, atol=0.05)
+    np.testing.assert_allclose(fields.mean(0), 0, atol=0.07)
+    # The covariance at a distance of r sevenths of the image is exp(−r²/4), as of the smoothed
+    # noise of which Gaussian weights one knot apart are a sum; rows and columns are independent.
+    for distance in (4, 12):
+        covariance = (fields[:, distance:] * fields[:, :-distance]).mean(0)
+        np.testing.assert_allclose(covariance, math.exp(-((distance / 4) ** 2) / 4), atol=0.08)
+    assert np.abs((fields[..., 0] * fields[..., 1]).mean(0)).max() < 0.08
+
+
+def test_the_elastic_distortion_is_added_to_the_affine_map(rng):
+    images = rng.uniform(size=(3, 12, 12, 1)).astype(np.float32)
+    affine = {name: limit for name, limit in LIMITS.items() if name != "elastic"}
+    np.testing.assert_allclose(
+        warp(KEY, images, **affine, elastic=1e-6), warp(KEY, images, **affine), atol=1e-4
+    )
 
 
 def test_without_limits_nothing_changes(rng):
@@ -107,6 +138,7 @@ def test_eight_devices_warp_as_one(rng):
         ((8, 8, 1), {}, r"images \[B, H, W, C\], got shape \[8, 8, 1\]"),
         ((2, 8, 8, 1), {"rotation": -1}, "rotation from 0 to 180, got -1"),
         ((2, 8, 8, 1), {"zoom": 1}, "zoom from 0 to 0.99, got 1"),
+        ((2, 8, 8, 1), {"elastic": 9}, "elastic from 0 to 8, got 9"),
         ((2, 8, 8, 1), {"shift": math.nan}, "shift from 0 to 8, got nan"),
     ],
 )

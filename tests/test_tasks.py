@@ -55,7 +55,7 @@ def test_a_training_batch_is_the_examples_shifted_by_the_key(labels, pixels):
 
 @pytest.mark.parametrize(
     "limits",
-    [{"rotation": 20}, {"shear": 20}, {"zoom": 0.3}, {"shift_pixels": 0.5}],
+    [{"rotation": 20}, {"shear": 20}, {"zoom": 0.3}, {"elastic": 1}, {"shift_pixels": 0.5}],
     ids=lambda limits: next(iter(limits)),
 )
 def test_what_is_no_whole_shift_is_one_warp_by_the_key(limits):

@@ -139,6 +139,7 @@ def test_config_json_holds_every_setting_versions_device_revision_and_data(plain
             "rotation": 0,
             "shear": 0,
             "zoom": 0,
+            "elastic": 0,
             "average": None,
         },
         "images": {

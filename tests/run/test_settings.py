@@ -25,6 +25,7 @@ NUMBERS = {
     "rotation": float,
     "shear": float,
     "zoom": float,
+    "elastic": float,
     "average": float,
     "seed": int,
     "train_size": int,
@@ -32,7 +33,16 @@ NUMBERS = {
     "checkpoint_steps": int,
     "devices": int,
 }
-MAY_BE_ZERO = ("lam_recon", "shift_pixels", "rotation", "shear", "zoom", "seed", "validation")
+MAY_BE_ZERO = (
+    "lam_recon",
+    "shift_pixels",
+    "rotation",
+    "shear",
+    "zoom",
+    "elastic",
+    "seed",
+    "validation",
+)
 MAY_BE_NONE = ("routings", "lr_decay", "lam_recon", "average", "train_size", "devices")
 
 
