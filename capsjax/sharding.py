@@ -56,9 +56,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what is split along its first axis: a batch."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of what is split along one axis: a batch."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
@@ -92,13 +92,13 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda part: array[part])
 
 
-def place(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """Splits a batch over the devices along its first axis.
+def place(mesh: Mesh, batch: np.ndarray, axis: int = 0) -> jax.Array:
+    """Splits a batch, or many at once, over the devices.
 
     Args:
       mesh: from `make_mesh`.
-      batch: any array of the host, the same in every process; its first axis is a multiple of
-        the number of devices.
+      batch: any array of the host, the same in every process.
+      axis: the one to split; its length is a multiple of the number of devices.
 
     Returns:
       The array, of which every process holds the parts of its devices.
@@ -109,7 +109,7 @@ def place(mesh: Mesh, batch: np.ndarray) -> jax.Array:
       >>> place(make_mesh(128, 1), np.arange(128)).shape
       (128,)
     """
-    return jax.make_array_from_callback(batch.shape, split(mesh), lambda part: batch[part])
+    return jax.make_array_from_callback(batch.shape, split(mesh, axis), lambda part: batch[part])
 
 
 def _find_memory(device: jax.Device) -> int:

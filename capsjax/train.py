@@ -231,13 +231,14 @@ def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Callable, Callable]:
       mesh: from `capsjax.sharding.make_mesh`.
 
     Returns:
-      train(state, key, images, labels, indices), which donates the state, and
-      evaluate(state, images, labels, indices, counted).
+      train(state, key, images, labels, order), which donates the state, and
+      evaluate(state, images, labels, indices, counted). `order` int32 [n, B] holds the batches of
+      an epoch of n steps, so that an epoch's indices go to the devices once.
     """
     whole, batch = sharding.replicated(mesh), sharding.split(mesh)
     train = jax.jit(
-        partial(train_step, setup),
-        in_shardings=(whole, whole, whole, whole, batch),
+        partial(_take_turn, partial(train_step, setup)),
+        in_shardings=(whole, whole, whole, whole, sharding.split(mesh, axis=1)),
         out_shardings=whole,
         donate_argnums=0,
     )
@@ -247,6 +248,18 @@ def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Callable, Callable]:
         out_shardings=(whole, whole),
     )
     return train, evaluate
+
+
+def _take_turn(
+    step: Callable,
+    state: TrainState,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+) -> tuple[TrainState, Diagnostics]:
+    """Does a step with the batch whose turn it is in the epoch."""
+    return step(state, key, images, labels, order[state.step % len(order)])
 
 
 def _split(model: Network) -> tuple[nnx.GraphDef, Any, Any]:

@@ -28,7 +28,7 @@ def run(decay: float | None) -> tuple[train.Setup, list[train.TrainState]]:
     step, _ = train.jit_steps(setup, MESH)
     states = [jax.device_get(state)]
     for batch in BATCHES:
-        state, _ = step(jax.device_put(state, WHOLE), KEY, *DATA, batch)
+        state, _ = step(jax.device_put(state, WHOLE), KEY, *DATA, batch[None])
         states.append(jax.device_get(state))
     return setup, states
 

@@ -33,7 +33,7 @@ def run(devices: int = 1, dtype: str = "float32"):
     step, evaluation = train.jit_steps(setup, mesh)
     states = [jax.device_get(state)]
     for batch in BATCHES:
-        state, _ = step(jax.device_put(state, replicated(mesh)), KEY, *data, batch)
+        state, _ = step(jax.device_put(state, replicated(mesh)), KEY, *data, batch[None])
         states.append(jax.device_get(state))
     return states, jax.device_get(evaluation(state, *data, BATCHES[0], COUNTED))
 

@@ -21,7 +21,7 @@ def run(state, batches, devices=1):
     step, _ = tiny.jit_steps(devices)
     state = jax.device_put(state, replicated(mesh))
     for batch in batches:
-        state, _ = step(state, jax.random.key(0), *data, batch)
+        state, _ = step(state, jax.random.key(0), *data, batch[None])
     return state
 
 

@@ -93,7 +93,7 @@ class Trainer:
         state = jax.tree.map(jnp.array, self.state if state is None else state)
         state = jax.device_put(state, replicated(self.mesh))
         for batch in batches:
-            state, _ = self.step(state, KEY, *self.data, batch)
+            state, _ = self.step(state, KEY, *self.data, batch[None])
         return jax.device_get(state)
 
 

@@ -30,7 +30,7 @@ def train_twenty_steps(devices: int):
     state = fifth = jax.device_put(tiny.make_state(), replicated(mesh))
     losses = []
     for number, batch in enumerate(BATCHES, 1):
-        state, diagnostics = step(state, KEY, *data, batch)
+        state, diagnostics = step(state, KEY, *data, batch[None])
         # Waits: many steps in flight on a mesh of CPU devices abort the process.
         losses.append([float(diagnostics.sums.losses[name]) for name in LOSSES])
         if number == 5:
@@ -83,15 +83,15 @@ def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
     steps: Any = train.jit_steps(tiny.SETUP, mesh)
     data = [replicate(mesh, array) for array in tiny.make_images()]
     state = jax.device_put(tiny.make_state(), replicated(mesh))
-    compiled = steps[0].lower(state, KEY, *data, BATCHES[0]).compile()
+    compiled = steps[0].lower(state, KEY, *data, BATCHES).compile()
     assert seen == {
         "shift": (2, *tiny.IMAGE),
         "to_unit_interval": (2, *tiny.IMAGE),
         "margin_loss": (2,),
         "reconstruction_loss": (2,),
     }
-    *_, indices = compiled.input_shardings[0]
-    assert indices.shard_shape((tiny.BATCH,)) == (2,)
+    *_, order = compiled.input_shardings[0]
+    assert order.shard_shape(BATCHES.shape) == (len(BATCHES), 2)
     # Devices exchange sums, and never examples.
     assert "all-reduce" in compiled.as_text()
     assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())

@@ -163,7 +163,7 @@ def run(task, labels, *, steps, **changes):
     data = [sharding.replicate(MESH, array) for array in (IMAGES, labels)]
     diagnostics = []
     for batch in tiny.draw_batches(steps):
-        state, last = step(state, KEY, *data, batch)
+        state, last = step(state, KEY, *data, batch[None])
         diagnostics.append(jax.device_get(last))
     return diagnostics, state
 

@@ -43,7 +43,7 @@ def run(step, batches, state=None, key=KEY) -> tuple[TrainState, list[Diagnostic
     """Steps from `state`, by default the first."""
     state, diagnostics = state or first_state(), []
     for batch in batches:
-        state, last = step(state, key, *DATA, batch)
+        state, last = step(state, key, *DATA, batch[None])
         diagnostics.append(last)
     return jax.device_get((state, diagnostics))
 
@@ -68,6 +68,14 @@ def test_a_run_traces_each_step_once(steps):
         evaluate(evaluation, state, np.arange(N))
         state = state._replace(sums=jax.tree.map(np.zeros_like, state.sums))
     assert state.step == 6
+
+
+def test_the_batches_of_an_epoch_take_turns(steps):
+    order, state, step = BATCHES[:3], first_state(), jit_steps(tiny.SETUP, MESH)[0]
+    for _ in range(4):  # the fourth step is the first of the second epoch
+        state, _ = step(state, KEY, *DATA, order)
+    expected, _ = run(steps[0], order[[0, 1, 2, 0]])
+    chex.assert_trees_all_equal(jax.device_get(state), expected)
 
 
 def assert_are_sums(sums: Sums) -> None:
@@ -167,7 +175,7 @@ def test_three_steps_are_gather_shift_normalise_loss_and_adam(steps, lam_recon, 
 def test_without_jit_a_step_is_the_same_up_to_rounding(steps):
     before = jax.device_get(first_state())
     eager, diagnostics = train_step(tiny.SETUP, before, KEY, DATA[0], DATA[1], BATCHES[0])
-    state, jitted = steps[0](first_state(), KEY, *DATA, BATCHES[0])
+    state, jitted = steps[0](first_state(), KEY, *DATA, BATCHES[:1])
     chex.assert_trees_all_close(diagnostics, jitted, rtol=1e-5)
     chex.assert_trees_all_close(eager.opt_state, state.opt_state, rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(eager.params, state.params, atol=1e-4)
@@ -175,7 +183,7 @@ def test_without_jit_a_step_is_the_same_up_to_rounding(steps):
 
 def test_a_step_uses_up_its_state_and_nothing_else(steps):
     state = first_state()
-    next_state, diagnostics = steps[0](state, KEY, *DATA, BATCHES[0])
+    next_state, diagnostics = steps[0](state, KEY, *DATA, BATCHES[:1])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in (KEY, *DATA))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((next_state, diagnostics)))

@@ -141,9 +141,9 @@ class Runner:
         in_flight: deque[Diagnostics] = deque()
         begin = time.perf_counter() - seconds
         with self._bar(epoch, first) as bar:
-            for number, batch in enumerate(plan.epoch_order(epoch)[first:], first + 1):
-                batch = sharding.place(plan.mesh, batch)
-                state, diagnostics = self._train(state, self._key, *self._train_set, batch)
+            order = sharding.place(plan.mesh, plan.epoch_order(epoch), axis=1)
+            for number in range(first + 1, plan.steps + 1):
+                state, diagnostics = self._train(state, self._key, *self._train_set, order)
                 in_flight.append(diagnostics)
                 if len(in_flight) > self._in_flight:
                     self._read(in_flight.popleft(), bar)

@@ -43,11 +43,11 @@ def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]
     step, evaluate = jit_steps(Setup(graphdef, optimizer, task, contender.dtype), mesh)
     x, y = (sharding.replicate(mesh, inputs[n][: contender.batch_size]) for n in ("x", "y"))
     indices, key = np.arange(contender.batch_size, dtype=np.int32), jax.random.key(0)
-    compiled, seconds = _compile(step, state, key, x, y, indices)
+    compiled, seconds = _compile(step, state, key, x, y, indices[None])
 
     def train() -> float:
         nonlocal state
-        state, diagnostics = compiled(state, key, x, y, indices)
+        state, diagnostics = compiled(state, key, x, y, indices[None])
         jax.block_until_ready(state)
         return float(diagnostics.sums.losses["loss"]) / len(indices)
 

@@ -56,8 +56,11 @@ def compile_step(mesh: Mesh, dtype: str, batch: int) -> Any:
     step: Any = jit_steps(Setup(graph["def"], optimizer, task, dtype), mesh)[0]
     shape = jax.ShapeDtypeStruct
     images, labels = shape((60000, 28, 28, 1), jnp.uint8), shape((60000,), jnp.int32)
-    key, indices = jax.eval_shape(lambda: jax.random.key(0)), shape((batch,), jnp.int32)
-    return step.lower(state, key, images, labels, indices).compile()
+    key, order = (
+        jax.eval_shape(lambda: jax.random.key(0)),
+        shape((60000 // batch, batch), jnp.int32),
+    )
+    return step.lower(state, key, images, labels, order).compile()
 
 
 def count_convolutions(text: str) -> float:

@@ -20,10 +20,10 @@ def spoil_step(number, spoil):
     def jit_spoiled_steps(setup, mesh):
         train, evaluate = jit_steps(setup, mesh)
 
-        def train_spoiled(state, key, images, labels, batch):
+        def train_spoiled(state, key, images, labels, order):
             if state.step + 1 == number:
-                state, images = spoil(state, images, batch)
-            return train(state, key, images, labels, batch)
+                state, images = spoil(state, images, order[state.step % len(order)])
+            return train(state, key, images, labels, order)
 
         return train_spoiled, evaluate
 
