@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from benchmarking.capsjax_tasks import write_inputs
-from benchmarking.chips import make_mesh_of
+from benchmarking.chips import CHIPS, make_mesh_of
 from benchmarking.compiled import inspect_step
 from benchmarking.contender import Contender, Worker
 from benchmarking.picture import draw_results
@@ -66,8 +66,8 @@ class Benchmark:
     """Steps a turn, after one that is not timed."""
     save_dir: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
-    compile_for: Literal["h100", "v5e"] | None = None
-    """Only compile the train step for a chip that need not be here, and show its cost."""
+    compile_for: Literal["h100", "v5e", "v5e:2x2", "v5e:4x4"] | None = None
+    """Only compile the train step for chips that need not be here, and show its cost."""
 
 
 def main() -> None:
@@ -85,11 +85,19 @@ def main() -> None:
     save(results, settings.save_dir)
 
 
-def compile_for(chip: str, batch: int) -> None:
-    """Compiles the train step for a chip, and prints what the compiler made of it."""
-    mesh = make_mesh_of(chip)
+def compile_for(chips: str, batch: int) -> None:
+    """Compiles the train step for one chip or several, and prints what the compiler made of it.
+
+    Raises:
+      SystemExit: if their compiler is missing, or they do not divide the batch.
+    """
+    name, *topology = chips.split(":")
+    mesh = make_mesh_of(name, *topology)
+    if batch % mesh.size:
+        raise SystemExit(f"--batch-size {batch}: {mesh.size} chips do not divide it evenly")
     programs = {dtype: inspect_step(mesh, dtype, batch) for dtype in ("float32", "bfloat16")}
-    show_compiled(mesh.devices.flat[0].device_kind, batch, programs)
+    kind = mesh.devices.flat[0].device_kind
+    show_compiled(CHIPS[name], kind, mesh.size, batch, programs)
 
 
 def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:

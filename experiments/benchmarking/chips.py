@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from capsjax.sharding import AXIS
+
 # The description of the device that XLA would get from the driver.
 _H100 = """
 gpu_device_info {
@@ -27,20 +29,35 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Chip(NamedTuple):
-    """Where a chip's compiler comes from."""
+    """Where a chip's compiler comes from, and the rates that its maker publishes."""
 
     modules: tuple[str, ...]  # any of these brings the compiler
     extra: str  # of capsjax, which installs one of them
+    flops: dict[str, float]  # operations a second on numbers of each dtype
+    bandwidth: float  # bytes a second from and to its memory
+    link: float  # bytes a second to other chips
 
 
 CHIPS = {
-    "h100": Chip(("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "cuda12"),
-    "v5e": Chip(("libtpu",), "tpu"),
+    # NVIDIA's data sheet of the H100 SXM: dense; float32 as XLA multiplies it there, in TF32.
+    "h100": Chip(
+        ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"),
+        "cuda12",
+        {"float32": 494.5e12, "bfloat16": 989e12},
+        3.35e12,
+        450e9,
+    ),
+    # Google's page of the v5e; XLA multiplies float32 there in one pass of bfloat16.
+    "v5e": Chip(("libtpu",), "tpu", {"float32": 197e12, "bfloat16": 197e12}, 819e9, 200e9),
 }
 
 
-def make_mesh_of(name: str) -> Mesh:
-    """Makes a mesh of one chip that need not be here. Call it before JAX starts its devices.
+def make_mesh_of(name: str, topology: str = "1x1") -> Mesh:
+    """Makes a mesh of chips that need not be here. Call it before JAX starts its devices.
+
+    Args:
+      name: of `CHIPS`.
+      topology: how many TPU chips along each axis of their network.
 
     Raises:
       SystemExit: if the wheels with its compiler are missing.
@@ -56,12 +73,12 @@ def make_mesh_of(name: str) -> Mesh:
         os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
         jax.config.update("jax_platforms", "cuda,cpu")
         options = {"platform": "cuda", "topology": "1x1x1", "target_config": _H100}
-        topology = topologies.get_topology_desc(**options)
+        chips = topologies.get_topology_desc(**options)
     else:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nobody to ask where there is no TPU
         jax.config.update("jax_platforms", "cpu")  # and no driver for a GPU either
-        topology = topologies.get_topology_desc("v5e:1x1", "tpu")
-    return Mesh(np.array(topology.devices), ("data",))
+        chips = topologies.get_topology_desc(f"{name}:{topology}", "tpu")
+    return Mesh(np.array(chips.devices), (AXIS,))
 
 
 def _is_installed(module: str) -> bool:

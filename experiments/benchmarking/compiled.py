@@ -17,6 +17,7 @@ from capsjax.train import Setup, create, jit_steps
 
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "pred": 1}
 _KERNELS = "fusion|custom-call|sort|copy|reduce|transpose"
+_COLLECTIVES = "(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?$"
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?(%[\w.-]+) = (.*?) ([\w-]+)\((.*)", re.MULTILINE)
 _CUDNN = re.compile(
     r"^\s*(?:ROOT )?(%[\w.-]+) = .* custom-call\(([^)]*)\), window={([^}]*)}, "
@@ -25,12 +26,13 @@ _CUDNN = re.compile(
 
 
 class Program(NamedTuple):
-    """What a compiled train step costs."""
+    """What a compiled train step costs each chip."""
 
     flop: float  # of convolutions, where they are the library's; of everything on a TPU
     bytes: float  # operands and results of all its operations, the whole data set of a gather too
     temporaries: int  # bytes
     kernels: int  # operations that are launched one after the other
+    exchanged: int  # bytes that all chips add up or send to each other
 
 
 def inspect_step(mesh: Mesh, dtype: str, batch: int) -> Program:
@@ -39,8 +41,10 @@ def inspect_step(mesh: Mesh, dtype: str, batch: int) -> Program:
     text, memory = program.as_text(), program.memory_analysis().temp_size_in_bytes
     if mesh.devices.flat[0].platform == "tpu":
         costs = program.cost_analysis()
-        return Program(costs["flops"], costs["bytes accessed"], memory, count_kernels(text))
-    return Program(count_convolutions(text), count_traffic(text), memory, count_kernels(text))
+        flop, moved = costs["flops"], costs["bytes accessed"]
+    else:
+        flop, moved = count_convolutions(text), count_traffic(text)
+    return Program(flop, moved, memory, count_kernels(text), count_exchanged(text))
 
 
 def compile_step(mesh: Mesh, dtype: str, batch: int) -> Any:
@@ -108,15 +112,25 @@ def count_traffic(text: str) -> int:
     sizes: dict[str, int] = {}
     traffic = 0
     for name, kind, operation, rest in _DEFINITION.findall(text[text.index("ENTRY") :]):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", kind)
-        sizes[name] = sum(
-            _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
-            for dtype, shape in arrays
-        )
+        sizes[name] = _count_bytes(kind)
         if operation not in ("parameter", "get-tuple-element", "bitcast", "tuple", "constant"):
             operands = re.findall(r"%[\w.-]+", rest.split("), ")[0])
             traffic += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
     return traffic
+
+
+def count_exchanged(text: str) -> int:
+    """Counts the bytes of the results of all collective operations."""
+    found = _DEFINITION.findall(text)
+    return sum(_count_bytes(kind) for _, kind, name, _ in found if re.match(_COLLECTIVES, name))
+
+
+def _count_bytes(kind: str) -> int:
+    """Returns the bytes of an array, or of a tuple of arrays."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", kind)
+    shapes = [[int(n) for n in shape.split(",") if n] for _, shape in arrays]
+    widths = [_BYTES.get(dtype, 4) for dtype, _ in arrays]
+    return sum(width * math.prod(shape) for width, shape in zip(widths, shapes, strict=True))
 
 
 def count_kernels(text: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 _CONV1, _CONV2 = 20 * 20 * 81 * 256, 6 * 6 * 81 * 256 * 256  # multiplications for an image
 _PREDICTIONS = 10 * 1152 * 8 * 16
 _DECODER = 160 * 512 + 512 * 1024 + 1024 * 784
-_PARAMETERS = 8_215_568
+PARAMETERS = 8_215_568
 _IMAGE, _MAPS, _OUT = 28 * 28, 20 * 20 * 256, 6 * 6 * 256  # numbers of an image
 _K1, _K2, _W = 81 * 256, 81 * 256 * 256, 10 * 1152 * 16 * 8  # numbers in the weights
 PEAKS = PRODUCT, COPY = "matrix product", "copy"  # the machine's peak arithmetic and bandwidth
@@ -55,7 +55,7 @@ def _count_numbers() -> dict[str, tuple[float, float, float]]:
             *(_PREDICTIONS * (3 + 6 / 8), 2 * (_OUT + 160), 2 * _W),
         ),
         "decoder with gradients": (3 * _DECODER, 160 + 2 * _IMAGE, 2 * _DECODER),
-        "optimiser": (0, 0, 7 * _PARAMETERS),
+        "optimiser": (0, 0, 7 * PARAMETERS),
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarking.chips import Chip
 from benchmarking.compiled import Program
 from benchmarking.stages import COPY, PEAKS, PRODUCT, count_step
 
@@ -61,15 +62,39 @@ def _format_stage(result: Mapping[str, float], flops: float, bandwidth: float) -
     )
 
 
-def show_compiled(name: str, batch: int, programs: Mapping[str, Program]) -> None:
+def show_compiled(
+    chip: Chip, name: str, chips: int, batch: int, programs: Mapping[str, Program]
+) -> None:
     """Prints what the compiler makes of a train step, beside what its stages take directly."""
-    print(f"train step of {batch} images, compiled for {name}, never run")
-    print(f"\n{'':19}{'GFLOP':>7}{'moved':>10}{'temporaries':>13}{'kernels':>9}")
+    print(f"train step of {batch} images, compiled for {chips} × {name}, never run; each chip:")
+    print(
+        f"\n{'':19}{'GFLOP':>7}{'moved':>10}{'temporaries':>13}{'kernels':>9}{'exchanged':>11}"
+        f"{'images/s, predicted':>21}"
+    )
     for dtype, program in programs.items():
-        flop, moved = count_step(batch, dtype)
+        flop, moved = count_step(batch // chips, dtype)
+        speed = batch / predict_seconds(chip, dtype, chips, program)
         print(f"{dtype + ', directly':19}{flop / 1e9:7.0f}{moved / 1e9:7.2f} GB")
         print(
             f"{dtype:19}{program.flop / 1e9:7.0f}{program.bytes / 1e9:7.2f} GB"
             f"{program.temporaries / 2**20:9.0f} MiB{program.kernels:9}"
+            f"{program.exchanged / 1e6:8.1f} MB{speed:21,.0f}"
         )
-    print("\nGFLOP: of the convolutions on a GPU, of everything on a TPU")
+    print(
+        "\nGFLOP: of the convolutions on a GPU, of everything on a TPU. Predicted, and at most:\n"
+        "the longer of arithmetic and memory, then the exchange, at the rates that the chip's\n"
+        f"maker publishes: {chip.bandwidth / 1e9:,.0f} GB/s of memory, "
+        f"{chip.link / 1e9:.0f} GB/s between chips, and\n"
+        + ", ".join(f"{rate / 1e12:.0f} TFLOP/s in {dtype}" for dtype, rate in chip.flops.items())
+    )
+
+
+def predict_seconds(chip: Chip, dtype: str, chips: int, program: Program) -> float:
+    """Returns the least seconds of a step at the chip's published rates.
+
+    t = max(flop / rate, bytes / bandwidth) + 2 (n − 1) / n · exchanged / link
+
+    A ring of n chips that adds up an array sends 2 (n − 1) / n of it from each.
+    """
+    compute = max(program.flop / chip.flops[dtype], program.bytes / chip.bandwidth)
+    return compute + 2 * (chips - 1) / chips * program.exchanged / chip.link

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 from benchmarking import chips
-from benchmarking.chips import CHIPS, make_mesh_of
-from benchmarking.compiled import count_convolutions, count_kernels, count_traffic
-from benchmarking.stages import count_step
+from benchmarking.chips import CHIPS, Chip, make_mesh_of
+from benchmarking.compiled import (
+    Program,
+    count_convolutions,
+    count_exchanged,
+    count_kernels,
+    count_traffic,
+)
+from benchmarking.stages import PARAMETERS, count_step
+from benchmarking.tables import predict_seconds
 
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmark.py"
 
@@ -50,22 +57,26 @@ def test_a_missing_compiler_is_named_with_the_command_that_brings_it(chip, monke
         make_mesh_of(chip)
 
 
-def compile_step(chip: str, batch: int) -> dict[str, list[float]]:
-    """Returns GFLOP, GB, MiB and kernels of the step, by its dtype."""
-    if not any(map(chips._is_installed, CHIPS[chip].modules)):
-        pytest.skip(f"needs the compiler for the {chip}, the extra {CHIPS[chip].extra}")
-    words = [sys.executable, BENCHMARK, "--compile-for", chip, "--batch-size", str(batch)]
+def compile_step(named: str, batch: int) -> dict[str, list[float]]:
+    """Returns GFLOP, GB, MiB, kernels, exchanged MB and images/s of the step, by its dtype."""
+    chip = CHIPS[named.split(":")[0]]
+    if not any(map(chips._is_installed, chip.modules)):
+        pytest.skip(f"needs the compiler for the {named}, the extra {chip.extra}")
+    words = [sys.executable, BENCHMARK, "--compile-for", named, "--batch-size", str(batch)]
     environment = {name: os.environ[name] for name in os.environ if name != "JAX_PLATFORMS"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     lines = re.findall(r"^(float32|bfloat16) (.*)$", done.stdout, re.MULTILINE)
     assert [dtype for dtype, _ in lines] == ["float32", "bfloat16"]
-    return {dtype: [float(n) for n in re.findall(r"[\d.]+", rest)] for dtype, rest in lines}
+    return {
+        dtype: [float(n.replace(",", "")) for n in re.findall(r"[\d.,]+", rest)]
+        for dtype, rest in lines
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [128, 512])
 def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
-    for dtype, (gflop, moved, temporaries, kernels) in compile_step("h100", batch).items():
+    for dtype, (gflop, moved, temporaries, kernels, *_) in compile_step("h100", batch).items():
         assert gflop == pytest.approx(count_step(batch, dtype).flop / 1e9, rel=0.05)
         assert kernels < 130
         if (dtype, batch) == ("bfloat16", 128):
@@ -77,3 +88,35 @@ def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
 def test_a_v5e_does_little_arithmetic_beside_the_direct_convolutions():
     for dtype, (gflop, *_) in compile_step("v5e", 128).items():
         assert gflop == pytest.approx(count_step(128, dtype).flop / 1e9, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "size"), [("2x2", 4), ("4x4", 16)])
+def test_many_chips_exchange_the_gradient_once_and_nothing_else(topology, size):
+    for dtype, (gflop, *_, exchanged, speed) in compile_step(f"v5e:{topology}", 512).items():
+        gradient = PARAMETERS * (2 if dtype == "bfloat16" else 4) / 1e6
+        assert exchanged == pytest.approx(gradient, rel=0.01)
+        assert gflop == pytest.approx(count_step(512 // size, dtype).flop / 1e9, rel=0.2)
+        assert speed > 0
+
+
+def test_what_the_chips_send_each_other_is_counted_whatever_the_operation():
+    text = """HloModule step
+
+ENTRY %main {
+  %g = f32[4,8]{1,0} parameter(0)
+  %sum = (f32[4,8]{1,0:T(8,128)}, bf16[6]{0}, /*index=2*/f32[]{:T(128)}) all-reduce(%g, %b, %l), \
+channel_id=1
+  %all = f32[16,8]{1,0} all-gather(%g), dimensions={0}
+  ROOT %done = f32[4,8]{1,0} get-tuple-element(%sum), index=0, metadata={op_name="all-reduce"}
+}
+"""
+    assert count_exchanged(text) == (4 * 32 + 2 * 6 + 4) + 4 * 128
+
+
+def test_the_predicted_time_is_the_longer_of_arithmetic_and_memory_then_the_exchange():
+    chip = Chip((), "", {"float32": 100.0}, bandwidth=10.0, link=5.0)
+    program = Program(flop=300.0, bytes=20.0, temporaries=0, kernels=0, exchanged=40)
+    assert predict_seconds(chip, "float32", 1, program) == 3
+    assert predict_seconds(chip, "float32", 4, program) == 3 + 1.5 * 40 / 5
+    assert predict_seconds(chip, "float32", 1, program._replace(bytes=50.0)) == 5
