@@ -25,7 +25,15 @@ from benchmarking.contender import Contender, Worker
 from benchmarking.picture import draw_results
 from benchmarking.stages import count_costs
 from benchmarking.start import measure_start
-from benchmarking.tables import show_compiled, show_contest, show_growth, show_sizes, show_stages
+from benchmarking.tables import (
+    show_compiled,
+    show_contest,
+    show_growth,
+    show_sizes,
+    show_stages,
+    show_whole,
+)
+from benchmarking.whole import measure_whole
 from capsjax.run.pictures import write
 
 PYTORCH, CAPSJAX = "PyTorch float32", "capsjax float32"
@@ -49,10 +57,14 @@ CONTENDERS = {
 
 SIZES = (16, 32, 64, 128, 256, 512)
 
+# Of these the whole process is measured, too: training on so many images, evaluating, saving.
+WHOLE = (PYTORCH, "PyTorch bfloat16, allocator set, rewritten", CAPSJAX, "capsjax bfloat16")
+WHOLE_SIZES = (2560, 10240)
+
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Measures train step, forward pass, stages and start, in about twelve minutes.
+    """Measures train step, forward pass, stages, start and whole runs, in about 20 minutes.
 
     Every contender is a process of its own. They take turns, round by round, so that a machine that
     slows down slows all of them; medians count.
@@ -80,7 +92,7 @@ def main() -> None:
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilations are timed
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
-        write_inputs(inputs, max(settings.batch_size, *SIZES))
+        write_inputs(inputs, max(settings.batch_size, *SIZES, *WHOLE_SIZES))
         results = measure(settings, inputs)
     save(results, settings.save_dir)
 
@@ -123,6 +135,12 @@ def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:
     results["start"] = measure_start()
     for which, seconds in results["start"].items():
         print(f"{which}: {seconds:.1f} s from the command to the first step of mnist.py")
+    results["whole"] = {
+        name: measure_whole(sized[name], inputs, WHOLE_SIZES)._asdict()
+        for name in WHOLE
+        if name in results["contest"]
+    }
+    show_whole(results["whole"], WHOLE_SIZES)
     return results
 
 

@@ -27,6 +27,7 @@ def write_inputs(path: Path, images: int) -> None:
     """Writes the images and initial parameters that all contenders share."""
     mnist = data.load()
     arrays: dict[str, Any] = {"x": mnist.x_train[:images], "y": mnist.y_train[:images]}
+    arrays |= {"x_test": mnist.x_test, "y_test": mnist.y_test}
     arrays |= weights.arrays_of(_build_network())
     np.savez(path, **arrays)
 
@@ -67,7 +68,7 @@ def _compile(step: Any, *arguments: Any) -> tuple[Callable, float]:
 
 def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:
     """Returns each stage of a step as a task to time, then the machine's peaks."""
-    params = {name: jnp.asarray(a) for name, a in inputs.items() if name not in ("x", "y")}
+    params = {name: jnp.asarray(a) for name, a in inputs.items() if "." in name}
     arrays = {name: jnp.asarray(array) for name, array in draw_arrays(batch).items()}
     stages = {
         **_list_conv_stages(params, arrays),

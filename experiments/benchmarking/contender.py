@@ -94,4 +94,5 @@ def make_environment(contender: Contender) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
     paths = (str(Path(__file__).parents[1]), inherited.get("PYTHONPATH"))
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    inherited["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # as capsjax.run has it
     return inherited | (KEEP_FREED_MEMORY if contender.keep_memory else {})

@@ -62,6 +62,19 @@ def _format_stage(result: Mapping[str, float], flops: float, bandwidth: float) -
     )
 
 
+def show_whole(results: Results, sizes: tuple[int, int]) -> None:
+    """Prints what whole processes take, seen from outside."""
+    few, many = sizes
+    print(f"\nwhole processes that train on {few} and on {many} images, evaluate once and save;")
+    print("mnist.py, which is ours, draws pictures as well")
+    print(f"{'':45}{'peak memory':>13}{f'{few} images':>14}{'images/s':>10}")
+    for name, result in results.items():
+        print(
+            f"{name:45}{result['memory']:9.0f} MiB{result['seconds']:12.1f} s"
+            f"{result['images_per_second']:10.0f}"
+        )
+
+
 def show_compiled(
     chip: Chip, name: str, chips: int, batch: int, programs: Mapping[str, Program]
 ) -> None:

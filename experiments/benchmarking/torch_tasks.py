@@ -14,36 +14,41 @@ from benchmarking.stages import draw_arrays
 
 def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]:
     """Returns tasks to time, and figures known without timing, of which there are none."""
+    _, train, predict = make_network_tasks(contender, inputs)
+    x, y = (inputs[name][: contender.batch_size] for name in ("x", "y"))
+    return {"train": lambda: train(x, y), "forward": lambda: predict(x)}, {}
+
+
+def make_network_tasks(contender: Contender, inputs: Inputs) -> tuple[Any, Callable, Callable]:
+    """Returns the network, train(pixels, labels) -> loss and predict(pixels) -> classes."""
     net: Any = torch_capsnet.CapsNet(inputs, contender.routings, contender.rewritten)
-    x, y = _to_tensors(inputs, contender.batch_size)
-    if contender.channels_last:
-        net = net.to(memory_format=torch.channels_last)
-        x = x.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
+    net = net.to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=contender.rewritten or None)
-    if contender.compiled:
-        net = torch.compile(net)
+    called = torch.compile(net) if contender.compiled else net
     low = contender.dtype == "bfloat16"
 
-    def train() -> float:
+    def train(pixels: np.ndarray, labels: np.ndarray) -> float:
+        x, y = _to_images(pixels).to(memory_format=layout), torch.from_numpy(labels).long()
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            lengths, reconstruction = net(x, y)
+            lengths, reconstruction = called(x, y)
         value = torch_capsnet.compute_loss(lengths.float(), y, x, reconstruction.float())
         value.backward()
         optimizer.step()
         return value.item()
 
-    def forward() -> None:
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        x = _to_images(pixels).to(memory_format=layout)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-            net(x)
+            return called(x)[0].argmax(-1).numpy()
 
-    return {"train": train, "forward": forward}, {}
+    return net, train, predict
 
 
-def _to_tensors(inputs: Inputs, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns images [B, 1, 28, 28], pixels from 0 to 1, and labels [B]."""
-    pixels = inputs["x"][:batch].transpose(0, 3, 1, 2).astype(np.float32) / 255
-    return torch.from_numpy(pixels), torch.from_numpy(inputs["y"][:batch]).long()
+def _to_images(pixels: np.ndarray) -> torch.Tensor:
+    """Returns images [B, 1, 28, 28], pixels from 0 to 1."""
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
 
 
 def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:

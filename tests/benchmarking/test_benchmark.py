@@ -7,11 +7,14 @@ import pytest
 
 import benchmark
 from benchmarking import picture, tables
+from benchmarking.capsjax_tasks import write_inputs
 from benchmarking.contender import Contender
 from benchmarking.start import measure_start
+from benchmarking.whole import measure_whole
 
 SHORT = benchmark.Benchmark(batch_size=2, rounds=1, steps=1)
 TORCH = importlib.util.find_spec("torch") is not None
+NEEDS_TORCH = pytest.mark.skipif(not TORCH, reason="needs PyTorch, the extra bench")
 
 
 @pytest.mark.slow
@@ -48,6 +51,24 @@ def test_the_second_start_finds_the_compiled_step():
     seconds = measure_start()
     assert list(seconds) == ["first start", "second start"]
     assert min(seconds.values()) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["capsjax", pytest.param("torch", marks=NEEDS_TORCH)])
+def test_a_whole_process_is_measured_from_outside(library, tmp_path):
+    inputs = tmp_path / "inputs.npz"
+    write_inputs(inputs, 64)
+    whole = measure_whole(Contender(library, batch_size=16), inputs, (16, 64))
+    assert whole.seconds > 1
+    assert whole.memory > 100
+    assert whole.images_per_second > 0
+    tables.show_whole({library: whole._asdict()}, (16, 64))
+
+
+def test_a_whole_process_that_fails_is_named(tmp_path):
+    contender = Contender("capsjax", batch_size=16)
+    with pytest.raises(SystemExit, match=r"mnist.py .*--train-size 8 .* ended with status 2"):
+        measure_whole(contender, tmp_path / "inputs.npz", (8, 16))
 
 
 def test_losses_that_differ_stop_the_benchmark():

@@ -1,5 +1,8 @@
 """What a run asks of its process before JAX starts: its allocator and compilation cache."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -8,14 +11,18 @@ import pytest
 
 from capsjax.run import Experiment, machine, main
 
+MNIST = Path(__file__).parents[2] / "experiments" / "mnist.py"
+
 
 @pytest.fixture
 def cache_folder():
     """Returns JAX's setting, which `machine.configure` may change."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield lambda: jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", before)
+    names = "jax_compilation_cache_dir", "jax_cpu_enable_async_dispatch"
+    before = [jax.config.values[name] for name in names]
+    jax.config.update(names[0], None)
+    yield lambda: jax.config.values[names[0]]
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -76,3 +83,16 @@ def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
     machine.configure()
     machine.return_freed_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_whole_run_of_mnist_peaks_below_1300_mib(precision, tmp_path):
+    flags = ["--epochs", "1", "--train-size", "1280", "--batch-size", "128", "--routings", "3"]
+    command = [sys.executable, MNIST, *flags, "--precision", precision, "--save-dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss / 2**10 < 1300
