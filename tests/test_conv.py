@@ -111,6 +111,23 @@ def test_capsnets_second_convolution_loses_few_digits(dtype):
     assert_close(actual, definition((2, 2), *arrays), tolerance)
 
 
+def test_tiny_images_and_gradients_lose_no_digits(dtype):
+    # The powers of the points reach 1e7 for this kernel. Without matrices whose rows all have the
+    # same length, products of small numbers with their inverses would underflow.
+    strides, (x, w, b, dy) = (
+        TOOM_COOK["a long kernel"][2],
+        sample(*TOOM_COOK["a long kernel"], dtype),
+    )
+    scale = jnp.asarray(2.0 ** {"float32": -90, "bfloat16": -100}[dtype.__name__], dtype)
+    y, dx, dw, _ = value_and_gradients(strides, x, w, jnp.zeros_like(b), dy)
+    tiny_y, _, tiny_dw, _ = value_and_gradients(strides, scale * x, w, jnp.zeros_like(b), dy)
+    np.testing.assert_array_equal(tiny_y, scale * y)
+    np.testing.assert_array_equal(tiny_dw, scale * dw)
+    _, tiny_dx, tiny_dw, _ = value_and_gradients(strides, x, w, jnp.zeros_like(b), scale * dy)
+    np.testing.assert_array_equal(tiny_dx, scale * dx)
+    np.testing.assert_array_equal(tiny_dw, scale * dw)
+
+
 def test_capsnets_first_convolution_uses_patches_times_kernel():
     assert plan((28, 28, 1), (9, 9, 1, 256), (1, 1)) is None
 

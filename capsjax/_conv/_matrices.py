@@ -27,7 +27,8 @@ def build_matrices(
     # B is interpolation transposed, and interpolation is the inverse of evaluation.
     B = np.linalg.inv(_compute_powers(points, len(points))).T[kept]
     C, A = _compute_powers(points, taps)[kept], _compute_powers(points, outputs)[kept]
-    # Rows of one length in B and in C: all values have a similar size, far from underflow.
+    # Rows of one length in B and in C: all values have a similar size, so that small ones do not
+    # underflow. The powers of 1.8 reach 1e7, and B holds their inverses.
     B_norms, C_norms = (np.linalg.norm(m, axis=1, keepdims=True) for m in (B, C))
     A, B, C = A * B_norms * C_norms, B / B_norms, C / C_norms
     products = [
