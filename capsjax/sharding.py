@@ -1,7 +1,12 @@
 """Devices: the mesh, and the placement of arrays on it."""
 
+import dataclasses
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from capsjax._host_memory import host_memory
@@ -61,12 +66,13 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
+def replicate(mesh: Mesh, array: np.ndarray, layout: Layout | None = None) -> jax.Array:
     """Puts one whole copy of `array` on every device of the mesh.
 
     Args:
       mesh: from `make_mesh`.
       array: any array of the host.
+      layout: how it lies in the devices' memory; None: as they choose.
 
     Returns:
       The array on the devices.
@@ -89,7 +95,63 @@ def replicate(mesh: Mesh, array: np.ndarray) -> jax.Array:
             f"{memory / 2**30:.1f} GiB: use fewer (--train-size) or smaller images"
         )
     # Not device_put, which sends the array of every process to all others to compare them.
-    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda part: array[part])
+    where = Format(layout, replicated(mesh))
+    return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pixels"], meta_fields=["channels"]
+)
+@dataclasses.dataclass(frozen=True)
+class PlacedImages:
+    """Images on the devices, from which a step gathers its batch by `images[indices]`.
+
+    A TPU keeps an array [N, H, W, C] with the images last, and would turn all of it around in every
+    step. Of this one it reads only the images that it needs.
+    """
+
+    pixels: jax.Array  # [N, H, W·C], one image after the other in memory
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, H, W, C]."""
+        count, height, width = self.pixels.shape
+        return count, height, width // self.channels, self.channels
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the pixels."""
+        return self.pixels.dtype
+
+    def __getitem__(self, indices: jax.Array) -> jax.Array:
+        """Gathers images [..., H, W, C] by their numbers [...]."""
+        return self.pixels[indices].reshape(*jnp.shape(indices), *self.shape[1:])
+
+
+def replicate_images(mesh: Mesh, images: np.ndarray) -> PlacedImages:
+    """Puts one whole copy of a data set's images on every device of the mesh.
+
+    Args:
+      mesh: from `make_mesh`.
+      images: [N, H, W, C].
+
+    Returns:
+      The images, to be gathered from.
+
+    Raises:
+      ValueError: as `replicate` does.
+
+    Example:
+      >>> import numpy as np
+      >>> from capsjax.sharding import make_mesh, replicate_images
+      >>> images = replicate_images(make_mesh(128, 1), np.zeros((60000, 28, 28, 1), np.uint8))
+      >>> images[np.arange(128)].shape
+      (128, 28, 28, 1)
+    """
+    count, height, width, channels = images.shape
+    pixels = images.reshape(count, height, width * channels)
+    return PlacedImages(replicate(mesh, pixels, Layout((0, 1, 2))), channels)
 
 
 def place(mesh: Mesh, batch: np.ndarray, axis: int = 0) -> jax.Array:

@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from capsjax import sharding, tasks, train
-from capsjax.sharding import make_mesh, replicate, replicated, split
+from capsjax.sharding import make_mesh, replicate, replicate_images, replicated, split
 
 KEY = jax.random.key(3)
 BATCHES = tiny.draw_batches(20)
@@ -63,6 +63,17 @@ def test_eight_devices_evaluate_as_one_does():
     np.testing.assert_array_equal(same, predicted)
     assert together.examples == 11
     chex.assert_trees_all_close(together, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6, 1), (5, 4, 6, 3)])
+def test_placed_images_are_gathered_as_those_of_an_array(rng, shape):
+    images = rng.integers(0, 256, shape, np.uint8)
+    placed = replicate_images(make_mesh(tiny.BATCH, 8), images)
+    assert (placed.shape, placed.dtype) == (shape, np.uint8)
+    assert placed.pixels.sharding.is_fully_replicated
+    for indices in (np.array([3, 0, 3]), np.array([[1], [4]])):
+        gathered = jax.jit(lambda images, i: images[i])(placed, indices)
+        np.testing.assert_array_equal(gathered, images[indices])
 
 
 def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):

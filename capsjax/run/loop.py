@@ -250,9 +250,11 @@ class Runner:
         """Returns zeros placed like the rest of the state, so that nothing compiles again."""
         return jax.device_put(zero_sums(tuple(sums.losses)), sharding.replicated(self.plan.mesh))
 
-    def _place(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def _place(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[sharding.PlacedImages, jax.Array]:
         mesh = self.plan.mesh
-        return sharding.replicate(mesh, images), sharding.replicate(mesh, labels)
+        return sharding.replicate_images(mesh, images), sharding.replicate(mesh, labels)
 
 
 def _require_finite_losses(step: Any, metrics: Metrics, split: str = "") -> None:

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 import capsjax
 from benchmarking.contender import LAM_RECON
+from capsjax.sharding import PlacedImages, replicated
 from capsjax.tasks import Classification
 from capsjax.train import Setup, create, jit_steps
 
@@ -59,7 +61,9 @@ def compile_step(mesh: Mesh, dtype: str, batch: int) -> Any:
     state = jax.eval_shape(make_state)
     step: Any = jit_steps(Setup(graph["def"], optimizer, task, dtype), mesh)[0]
     shape = jax.ShapeDtypeStruct
-    images, labels = shape((60000, 28, 28, 1), jnp.uint8), shape((60000,), jnp.int32)
+    where = Format(Layout((0, 1, 2)), replicated(mesh))
+    images = PlacedImages(shape((60000, 28, 28), jnp.uint8, sharding=where), channels=1)
+    labels = shape((60000,), jnp.int32)
     key, order = (
         jax.eval_shape(lambda: jax.random.key(0)),
         shape((60000 // batch, batch), jnp.int32),

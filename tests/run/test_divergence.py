@@ -1,5 +1,6 @@
 """How a run stops when a number is no longer finite: in words, and with a sound checkpoint."""
 
+import dataclasses
 import re
 from unittest import mock
 
@@ -37,7 +38,8 @@ def put_nan_into_a_parameter(state, images, batch):
 
 
 def put_nan_into_an_image(state, images, batch):
-    return state, images.astype(jnp.float32).at[batch[0], 5, 5].set(jnp.nan)
+    pixels = images.pixels.astype(jnp.float32).at[batch[0], 5, 5].set(jnp.nan)
+    return state, dataclasses.replace(images, pixels=pixels)
 
 
 @pytest.mark.parametrize(
