@@ -1,29 +1,34 @@
+import functools
+
 import chex
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import capsjax
 from capsjax.networks import Ensemble
+from tiny import draw_arrays
 
 
 def make(seed: int, image_shape=(10, 10, 1), num_classes=3, **sizes) -> capsjax.CapsNet:
-    sizes = {"channels": 4, "kernel_size": 3, "types": 2, "hidden": (8,)} | sizes
-    return capsjax.CapsNet(image_shape, num_classes, **sizes, rngs=nnx.Rngs(seed))
+    sizes = {"channels": 4, "kernel_size": 3, "types": 2, "hidden": (8,), "routings": 1} | sizes
+    build = functools.partial(capsjax.CapsNet, image_shape, num_classes, **sizes)
+    return draw_arrays(lambda: build(rngs=nnx.Rngs(0)), seed=seed)
 
 
 IMAGES = np.random.default_rng(0).random((7, 10, 10, 1), np.float32)
 
 
 def test_scores_are_the_mean_of_the_members_scores_whatever_their_sizes():
-    members = [make(0, dim_class=4), make(1, dim_class=6, routings=1), make(2, dim_class=2)]
+    members = [make(0, dim_class=4), make(1, dim_class=6, routings=2)]
     answers = [capsjax.predict(member, IMAGES) for member in members]
     answer = capsjax.predict(Ensemble(members), IMAGES)
     mean = np.mean([scores for _, scores, _ in answers], axis=0)
     np.testing.assert_allclose(answer.scores, mean, rtol=1e-6)
     np.testing.assert_array_equal(answer.predicted, mean.argmax(-1))
     assert answer.reconstruction is None
-    chex.assert_shape(Ensemble(members)(IMAGES).capsules, (7, 3, 4 + 6 + 2))
+    chex.assert_shape(jax.eval_shape(Ensemble(members), IMAGES).capsules, (7, 3, 4 + 6))
 
 
 def test_an_ensemble_of_one_answers_as_its_member_does():

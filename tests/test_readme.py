@@ -100,6 +100,7 @@ def test_every_linked_file_exists():
         assert (ROOT / link).is_file(), link
 
 
+@pytest.mark.slow
 def test_a_picture_of_perturbations_is_drawn(tmp_path, monkeypatch):
     net = capsjax.CapsNet(channels=4, types=1, hidden=(8,), rngs=nnx.Rngs(0))
     capsjax.weights.save(net, tmp_path / "net.safetensors")
