@@ -13,6 +13,7 @@ from capsjax._losses import add_losses, margin_loss, reconstruction_loss
 from capsjax._pixels import to_unit_interval
 from capsjax.data import shift, warp
 from capsjax.networks import Network, Output
+from capsjax.sharding import PlacedImages
 
 
 class Batch(NamedTuple):
@@ -23,18 +24,22 @@ class Batch(NamedTuple):
     targets: jax.Array  # [B, H, W, C], pixels from 0 to 1: what is to be reconstructed
 
 
+Images = jax.Array | PlacedImages  # of a data set, [N, H, W, C]
+
+
 class Task(Protocol):
     """A task as a value: a frozen, hashable dataclass, the static part of a step.
 
-    All methods are pure and are traced inside the jitted step.
+    All methods are pure and are traced inside the jitted step. A data set's images are an array
+    [N, H, W, C] or `capsjax.sharding.PlacedImages`, to be read by `images[indices]`.
     """
 
     def train_batch(
-        self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
+        self, key: jax.Array, images: Images, labels: jax.Array, indices: ArrayLike
     ) -> Batch:
         """Makes a training batch of the examples `indices` of a uint8 data set, augmented."""
 
-    def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
+    def test_batch(self, images: Images, labels: jax.Array, indices: ArrayLike) -> Batch:
         """Makes a batch for evaluation, without randomness."""
 
     def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
@@ -73,21 +78,21 @@ class Classification:
     elastic: float = 0
 
     def train_batch(
-        self, key: jax.Array, images: jax.Array, labels: jax.Array, indices: ArrayLike
+        self, key: jax.Array, images: Images, labels: jax.Array, indices: ArrayLike
     ) -> Batch:
         """Gathers the examples and moves each image at random.
 
         Whole pixels are shifted exactly; anything else is one bilinear warp.
         """
         pixels, whole = _gather(images, indices), self.shift_pixels == int(self.shift_pixels)
-        limits = {name: getattr(self, name) for name in ("rotation", "shear", "zoom", "elastic")}
-        if whole and not any(limits.values()):
+        sizes = {name: getattr(self, name) for name in ("rotation", "shear", "zoom", "elastic")}
+        if whole and not any(sizes.values()):
             moved = to_unit_interval(shift(key, pixels, int(self.shift_pixels)))
         else:
-            moved = warp(key, to_unit_interval(pixels), shift=self.shift_pixels, **limits)
+            moved = warp(key, to_unit_interval(pixels), shift=self.shift_pixels, **sizes)
         return Batch(moved, labels[indices], moved)
 
-    def test_batch(self, images: jax.Array, labels: jax.Array, indices: ArrayLike) -> Batch:
+    def test_batch(self, images: Images, labels: jax.Array, indices: ArrayLike) -> Batch:
         """Gathers the examples."""
         pixels = to_unit_interval(_gather(images, indices))
         return Batch(pixels, labels[indices], pixels)
@@ -114,7 +119,7 @@ class Classification:
         return jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
 
 
-def _gather(images: jax.Array, indices: ArrayLike) -> jax.Array:
+def _gather(images: Images, indices: ArrayLike) -> jax.Array:
     """Returns `images[indices]`; the barrier makes all that use the batch share one gather."""
     return lax.optimization_barrier(images[jnp.asarray(indices)])
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from capsjax import sharding
 from capsjax.networks import Network, Output
-from capsjax.tasks import Batch, Task
+from capsjax.tasks import Batch, Images, Task
 
 
 class Sums(NamedTuple):
@@ -142,7 +142,7 @@ def train_step(
     setup: Setup,
     state: TrainState,
     key: jax.Array,
-    images: jax.Array,
+    images: Images,
     labels: jax.Array,
     indices: ArrayLike,
 ) -> tuple[TrainState, Diagnostics]:
@@ -157,7 +157,7 @@ def train_step(
       setup: the static part.
       state: of the step before.
       key: of the run, the same in every step; the step's number is folded in.
-      images: the whole data set, uint8 [N, H, W, C].
+      images: the whole data set, uint8 [N, H, W, C], an array or `sharding.PlacedImages`.
       labels: int32 [N].
       indices: int32 [B], the examples of this batch.
 
@@ -196,7 +196,7 @@ def train_step(
 def eval_step(
     setup: Setup,
     state: TrainState,
-    images: jax.Array,
+    images: Images,
     labels: jax.Array,
     indices: ArrayLike,
     counted: ArrayLike,
@@ -206,7 +206,7 @@ def eval_step(
     Args:
       setup: the static part.
       state: its average counts, or its parameters where there is none.
-      images: the whole data set, uint8 [N, H, W, C].
+      images: the whole data set, uint8 [N, H, W, C], an array or `sharding.PlacedImages`.
       labels: int32 [N].
       indices: int32 [B].
       counted: bool [B]; False for examples that only fill up the batch.
@@ -254,11 +254,11 @@ def _take_turn(
     step: Callable,
     state: TrainState,
     key: jax.Array,
-    images: jax.Array,
+    images: Images,
     labels: jax.Array,
     order: jax.Array,
 ) -> tuple[TrainState, Diagnostics]:
-    """Does a step with the batch whose turn it is in the epoch."""
+    """Takes the epoch's next batch, and does a step with it."""
     return step(state, key, images, labels, order[state.step % len(order)])
 
 

@@ -33,6 +33,7 @@ PRESETS = {
     "control": trial(),
     "no-reconstruction": trial(lam_recon=0.0),
     "small-warps": trial(rotation=7, shear=5, zoom=0.1, shift_pixels=2),
+    # In one respect other than small-warps.
     "elastic": trial(rotation=7, shear=5, zoom=0.1, shift_pixels=2, elastic=1),
     "gradient": trial(CapsNetConfig(routing=Agreement(stop_gradient=False))),
     "bias": trial(CapsNetConfig(routing=Agreement(bias=True))),

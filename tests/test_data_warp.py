@@ -71,20 +71,23 @@ def test_displacements_have_their_deviation_everywhere_and_are_smooth():
     assert fields.shape == (4000, 28, 20, 2)
     np.testing.assert_allclose(fields.std(0), 1, atol=0.05)
     np.testing.assert_allclose(fields.mean(0), 0, atol=0.07)
-    # The covariance at a distance of r sevenths of the image is exp(−r²/4), as of the smoothed
-    # noise of which Gaussian weights one knot apart are a sum; rows and columns are independent.
-    for distance in (4, 12):
-        covariance = (fields[:, distance:] * fields[:, :-distance]).mean(0)
-        np.testing.assert_allclose(covariance, math.exp(-((distance / 4) ** 2) / 4), atol=0.08)
+    for size, along_rows in ((28, fields), (20, fields.swapaxes(1, 2))):
+        for distance in (size // 7, size // 2):
+            covariance = (along_rows[:, distance:] * along_rows[:, :-distance]).mean(0)
+            sevenths = 7 * distance / size
+            np.testing.assert_allclose(covariance, math.exp(-(sevenths**2) / 4), atol=0.08)
+    # Both numbers of a displacement are independent of each other.
     assert np.abs((fields[..., 0] * fields[..., 1]).mean(0)).max() < 0.08
 
 
-def test_the_elastic_distortion_is_added_to_the_affine_map(rng):
+def test_the_field_is_as_large_as_asked_for_and_does_not_change_the_affine_draws(rng):
     images = rng.uniform(size=(3, 12, 12, 1)).astype(np.float32)
+    field = 1.5 * _draw_fields(jax.random.fold_in(KEY, 1), images.shape)
+    bent = jax.vmap(_warp_image)(images, jnp.zeros((3, 6)), field)
+    np.testing.assert_allclose(warp(KEY, images, elastic=1.5), bent, atol=1e-6)
     affine = {name: limit for name, limit in LIMITS.items() if name != "elastic"}
-    np.testing.assert_allclose(
-        warp(KEY, images, **affine, elastic=1e-6), warp(KEY, images, **affine), atol=1e-4
-    )
+    nearly = warp(KEY, images, **affine, elastic=1e-6)
+    np.testing.assert_allclose(nearly, warp(KEY, images, **affine), atol=1e-4)
 
 
 def test_without_limits_nothing_changes(rng):

@@ -17,8 +17,9 @@ from capsjax import train, weights
 from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoints
 from capsjax.networks import NETWORKS
-from capsjax.sharding import make_mesh, replicate, replicated
+from capsjax.sharding import make_mesh, replicated
 from capsjax.tasks import Classification
+from tiny import place_data
 
 IMAGE_SHAPE, NUM_CLASSES, BATCH = (8, 8, 1), 5, 16
 KEY = jax.random.key(0)
@@ -86,7 +87,7 @@ class Trainer:
         self.graphdef, self.state = train.create(model, optimizer, task, average=0.9)
         setup = train.Setup(self.graphdef, optimizer, task, average=0.9)
         self.step, self.evaluate = train.jit_steps(setup, self.mesh)
-        self.data = [replicate(self.mesh, array) for array in (images, LABELS)]
+        self.data = place_data(self.mesh, images, LABELS)
 
     def train(self, batches, state=None):
         """Steps from a state; the arrays of it are copied, since a step deletes its input."""

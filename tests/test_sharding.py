@@ -25,7 +25,7 @@ LOSSES = ("margin", "reconstruction")
 def train_twenty_steps(devices: int):
     """Trains twenty steps: both losses of each, and the state after five."""
     mesh = make_mesh(tiny.BATCH, devices)
-    data = [replicate(mesh, array) for array in tiny.make_images()]
+    data = tiny.place_data(mesh, *tiny.make_images())
     step, _ = tiny.jit_steps(devices)
     state = fifth = jax.device_put(tiny.make_state(), replicated(mesh))
     losses = []
@@ -56,7 +56,7 @@ def test_eight_devices_evaluate_as_one_does():
     state, results = jax.device_get(train_twenty_steps(1)[1]), []
     for devices in (1, 8):
         mesh = make_mesh(tiny.BATCH, devices)
-        data = [replicate(mesh, array) for array in tiny.make_images()]
+        data = tiny.place_data(mesh, *tiny.make_images())
         placed, counted = jax.device_put(state, replicated(mesh)), np.arange(tiny.BATCH) < 11
         results.append(tiny.jit_steps(devices)[1](placed, *data, BATCHES[0], counted))
     (alone, predicted), (together, same) = jax.device_get(results)
@@ -70,10 +70,31 @@ def test_placed_images_are_gathered_as_those_of_an_array(rng, shape):
     images = rng.integers(0, 256, shape, np.uint8)
     placed = replicate_images(make_mesh(tiny.BATCH, 8), images)
     assert (placed.shape, placed.dtype) == (shape, np.uint8)
+    assert len(placed) == shape[0]
     assert placed.pixels.sharding.is_fully_replicated
     for indices in (np.array([3, 0, 3]), np.array([[1], [4]])):
         gathered = jax.jit(lambda images, i: images[i])(placed, indices)
         np.testing.assert_array_equal(gathered, images[indices])
+
+
+def test_placed_images_become_an_array_for_all_else(rng):
+    images = rng.integers(0, 256, (5, 4, 6, 3), np.uint8)
+    placed = replicate_images(make_mesh(tiny.BATCH, 1), images)
+    for use in (
+        lambda images: images[1:3],
+        lambda images: images[np.array([2, 0]), :, 1],
+        lambda images: jnp.flip(images, 2),
+    ):
+        np.testing.assert_array_equal(jax.jit(use)(placed), use(images))
+
+
+def test_images_lie_one_after_the_other_and_a_tpu_fills_up_their_tiles():
+    assert sharding.IMAGE_LAYOUT.major_to_minor == (0, 1, 2)
+    images, labels = np.zeros((10, 28, 28), np.uint8), np.zeros(10, np.int32)
+    tpu, cpu = (SimpleNamespace(platform=platform) for platform in ("tpu", "cpu"))
+    assert sharding._count_bytes(tpu, images) == 10 * 32 * 128
+    assert sharding._count_bytes(cpu, images) == images.nbytes
+    assert sharding._count_bytes(tpu, labels) == labels.nbytes
 
 
 def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
@@ -92,7 +113,7 @@ def test_each_of_eight_devices_works_on_its_eighth_of_the_batch(monkeypatch):
         inspect(name, getattr(tasks, name))
     mesh = make_mesh(tiny.BATCH, 8)
     steps: Any = train.jit_steps(tiny.SETUP, mesh)
-    data = [replicate(mesh, array) for array in tiny.make_images()]
+    data = tiny.place_data(mesh, *tiny.make_images())
     state = jax.device_put(tiny.make_state(), replicated(mesh))
     compiled = steps[0].lower(state, KEY, *data, BATCHES).compile()
     assert seen == {

@@ -160,7 +160,7 @@ def run(task, labels, *, steps, **changes):
     """Trains `steps` steps: the diagnostics, and the last state."""
     step, _, start = compile_steps(task)
     state = jax.device_put(start._replace(**changes), sharding.replicated(MESH))
-    data = [sharding.replicate(MESH, array) for array in (IMAGES, labels)]
+    data = tiny.place_data(MESH, IMAGES, labels)
     diagnostics = []
     for batch in tiny.draw_batches(steps):
         state, last = step(state, KEY, *data, batch[None])
@@ -170,7 +170,7 @@ def run(task, labels, *, steps, **changes):
 
 def evaluate(task, state, labels):
     """Evaluates the first eleven images: the sums, and the predicted classes."""
-    data = [sharding.replicate(MESH, array) for array in (IMAGES, labels)]
+    data = tiny.place_data(MESH, IMAGES, labels)
     indices = np.arange(tiny.BATCH, dtype=np.int32)
     sums, predicted = compile_steps(task)[1](state, *data, indices, indices < 11)
     return jax.device_get(sums), predicted[:11]

@@ -13,11 +13,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.nn import initializers
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from capsjax import CapsNet, Network, Output, length, train
 from capsjax.nn import DenseCaps
-from capsjax.sharding import make_mesh
+from capsjax.sharding import PlacedImages, make_mesh, replicate, replicate_images
 from capsjax.tasks import Classification
 from capsjax.train import Setup, TrainState
 
@@ -108,6 +109,13 @@ def make_images() -> tuple[np.ndarray, np.ndarray]:
     patterns = rng.integers(0, 200, (NUM_CLASSES, *IMAGE))
     labels = np.arange(N, dtype=np.int32) % NUM_CLASSES
     return (patterns[labels] + rng.integers(0, 56, (N, *IMAGE))).astype(np.uint8), labels
+
+
+def place_data(
+    mesh: Mesh, images: np.ndarray, labels: np.ndarray
+) -> tuple[PlacedImages, jax.Array]:
+    """Places a data set as a run does."""
+    return replicate_images(mesh, images), replicate(mesh, labels)
 
 
 def draw_batches(steps: int) -> np.ndarray:

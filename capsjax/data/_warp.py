@@ -23,7 +23,8 @@ def warp(
 
     m is the centre of the image, and pixels outside it count as 0. θ, φ and both numbers of t are
     uniform between plus and minus their limit, z_r and z_c between 1 − zoom and 1 + zoom. e is a
-    smooth field of normal displacements: they hardly change over a seventh of the image's size.
+    smooth field of normal displacements. Their correlation at a distance r along an axis is
+    exp(−r²/4ρ²), where ρ is a seventh of the image's height or width.
 
     Args:
       key: a random key.
@@ -55,6 +56,7 @@ def warp(
     _check_warp(images, rotation, shear, zoom, shift, elastic)
     limits = jnp.array([[rotation, shear, zoom, zoom, shift, shift]], jnp.float32)
     draws = limits * jax.random.uniform(key, (len(images), 6), minval=-1, maxval=1)
+    # A key of its own, so that what is drawn above does not depend on `elastic`.
     field = elastic * _draw_fields(jax.random.fold_in(key, 1), images.shape) if elastic else 0.0
     in_axes = (0, 0, 0 if elastic else None)
     warped = jax.vmap(_warp_image, in_axes)(at_least_float32(images), draws, field)

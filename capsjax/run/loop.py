@@ -113,7 +113,7 @@ class Runner:
         indices = np.arange(len(labels), dtype=np.int32) if train_indices is None else train_indices
         state = jax.device_put(state, sharding.replicated(self.plan.mesh))
         results = []
-        return_freed_memory()  # training's
+        return_freed_memory()  # what training used
         for batch, counted in self._fill_batches(indices):
             if self._signals.stop():
                 raise Stopped(self._signals.status)
@@ -124,7 +124,7 @@ class Runner:
         metrics = average(jax.tree.map(lambda *values: sum(values), *sums))
         split = "test" if train_indices is None else "validation"
         _require_finite_losses(state.step, metrics, f"{split} ")
-        return_freed_memory()  # evaluation's
+        return_freed_memory()  # what evaluation used
         return metrics, np.concatenate(predicted)[: len(indices)]
 
     def _fill_batches(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -153,7 +153,7 @@ class Runner:
                 stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
-                if number == first + 1:  # the compiler's
+                if number == first + 1:  # what compiling used
                     return_freed_memory()
                 seconds = time.perf_counter() - begin
                 if stop:

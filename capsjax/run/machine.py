@@ -14,8 +14,9 @@ import jax
 def configure() -> None:
     """Configures allocator, dispatch, compilation cache and logging."""
     keep_freed_memory()
-    # On a CPU the loop waits for every step. Dispatched asynchronously, the next step allocates its
-    # buffers before the last one has freed its own, and the process takes twice the memory.
+    # On a CPU the loop waits for the diagnostics of every step. If a step runs in a thread of its
+    # own, they are there before it has freed its buffers, and with those of the next step the
+    # process takes twice the memory. Steps of several devices have their threads in any case.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -118,12 +118,12 @@ def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
         f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
         f"{height}×{width}×{channels} in {dataset.num_classes} classes"
     )
-    shift_pixels = settings.training.shift_pixels
-    if shift_pixels >= min(height, width):
-        raise ValueError(
-            f"--shift-pixels {shift_pixels} would move images of {height}×{width} pixels out of "
-            "sight"
-        )
+    for flag in ("shift_pixels", "elastic"):
+        if (pixels := getattr(settings.training, flag)) >= min(height, width):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {pixels} would move images of {height}×{width} pixels "
+                "out of sight"
+            )
     train, held_out = _split(len(dataset.y_train), images, settings.recipe.seed)
     if images.train_size or images.validation:  # the devices hold only what is used
         used = np.concatenate([train, held_out])

@@ -42,7 +42,8 @@ def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]
     graphdef, state = create(_build_network(contender.routings), optimizer, task)
     mesh = sharding.make_mesh(contender.batch_size, 1)
     step, evaluate = jit_steps(Setup(graphdef, optimizer, task, contender.dtype), mesh)
-    x, y = (sharding.replicate(mesh, inputs[n][: contender.batch_size]) for n in ("x", "y"))
+    images, labels = (inputs[name][: contender.batch_size] for name in ("x", "y"))
+    x, y = sharding.replicate_images(mesh, images), sharding.replicate(mesh, labels)
     indices, key = np.arange(contender.batch_size, dtype=np.int32), jax.random.key(0)
     compiled, seconds = _compile(step, state, key, x, y, indices[None])
 
@@ -68,7 +69,8 @@ def _compile(step: Any, *arguments: Any) -> tuple[Callable, float]:
 
 def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:
     """Returns each stage of a step as a task to time, then the machine's peaks."""
-    params = {name: jnp.asarray(a) for name, a in inputs.items() if "." in name}
+    images = ("x", "y", "x_test", "y_test")
+    params = {name: jnp.asarray(a) for name, a in inputs.items() if name not in images}
     arrays = {name: jnp.asarray(array) for name, array in draw_arrays(batch).items()}
     stages = {
         **_list_conv_stages(params, arrays),

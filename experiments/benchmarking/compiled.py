@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format
 from jax.sharding import Mesh
 
 import capsjax
 from benchmarking.contender import LAM_RECON
-from capsjax.sharding import PlacedImages, replicated
+from capsjax.sharding import IMAGE_LAYOUT, PlacedImages, replicated
 from capsjax.tasks import Classification
 from capsjax.train import Setup, create, jit_steps
 
@@ -61,7 +61,7 @@ def compile_step(mesh: Mesh, dtype: str, batch: int) -> Any:
     state = jax.eval_shape(make_state)
     step: Any = jit_steps(Setup(graph["def"], optimizer, task, dtype), mesh)[0]
     shape = jax.ShapeDtypeStruct
-    where = Format(Layout((0, 1, 2)), replicated(mesh))
+    where = Format(IMAGE_LAYOUT, replicated(mesh))
     images = PlacedImages(shape((60000, 28, 28), jnp.uint8, sharding=where), channels=1)
     labels = shape((60000,), jnp.int32)
     key, order = (
@@ -124,7 +124,7 @@ def count_traffic(text: str) -> int:
 
 
 def count_exchanged(text: str) -> int:
-    """Counts the bytes of the results of all collective operations."""
+    """Counts the bytes that all collective operations return, some with their operands."""
     found = _DEFINITION.findall(text)
     return sum(_count_bytes(kind) for _, kind, name, _ in found if re.match(_COLLECTIVES, name))
 

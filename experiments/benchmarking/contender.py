@@ -90,7 +90,7 @@ class Worker:
 
 
 def make_environment(contender: Contender) -> dict[str, str]:
-    """Returns the environment of a contender's process: this one's, but for the allocator."""
+    """Returns this process's environment, with allocator and dispatch as the contender has them."""
     inherited = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
     paths = (str(Path(__file__).parents[1]), inherited.get("PYTHONPATH"))
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -66,7 +66,7 @@ def show_whole(results: Results, sizes: tuple[int, int]) -> None:
     """Prints what whole processes take, seen from outside."""
     few, many = sizes
     print(f"\nwhole processes that train on {few} and on {many} images, evaluate once and save;")
-    print("mnist.py, which is ours, draws pictures as well")
+    print("ours, mnist.py, also shifts the images, keeps checkpoints and draws pictures")
     print(f"{'':45}{'peak memory':>13}{f'{few} images':>14}{'images/s':>10}")
     for name, result in results.items():
         print(
@@ -94,16 +94,16 @@ def show_compiled(
             f"{program.exchanged / 1e6:8.1f} MB{speed:21,.0f}"
         )
     print(
-        "\nGFLOP: of the convolutions on a GPU, of everything on a TPU. Predicted, and at most:\n"
-        "the longer of arithmetic and memory, then the exchange, at the rates that the chip's\n"
-        f"maker publishes: {chip.bandwidth / 1e9:,.0f} GB/s of memory, "
+        "\nGFLOP: of the convolutions on a GPU, of everything on a TPU. Predicted from these: the\n"
+        "longer of arithmetic and memory, then the exchange, at the rates that the chip's maker\n"
+        f"publishes: {chip.bandwidth / 1e9:,.0f} GB/s of memory, "
         f"{chip.link / 1e9:.0f} GB/s between chips, and\n"
         + ", ".join(f"{rate / 1e12:.0f} TFLOP/s in {dtype}" for dtype, rate in chip.flops.items())
     )
 
 
 def predict_seconds(chip: Chip, dtype: str, chips: int, program: Program) -> float:
-    """Returns the least seconds of a step at the chip's published rates.
+    """Estimates the seconds of a step at the chip's published rates.
 
     t = max(flop / rate, bytes / bandwidth) + 2 (n − 1) / n · exchanged / link
 

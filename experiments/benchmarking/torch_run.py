@@ -12,7 +12,7 @@ from benchmarking.torch_tasks import make_network_tasks
 
 
 def main() -> None:
-    """Does what `mnist.py --epochs 1` does, with the images and first parameters of a file."""
+    """Trains on images of a file from its first parameters, without moving the images."""
     contender, images, path = Contender(**json.loads(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
     with np.load(path) as file:
         inputs = dict(file)

@@ -24,43 +24,51 @@ class Whole(NamedTuple):
 
 
 def measure_whole(contender: Contender, inputs: Path, sizes: tuple[int, int]) -> Whole:
-    """Runs the processes of one contender.
+    """Runs two processes of one contender; capsjax twice, since it compiles in the first.
 
     Args:
       contender: what they compute with.
       inputs: images and first parameters, for PyTorch.
-      sizes: how many images the processes train on. One of them runs before, so that what capsjax
-        compiles is compiled already.
+      sizes: how many images the processes train on.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2 if contender.library == "capsjax" else 1):
+            (short, _), (long, memory) = (
+                _run(contender, inputs, images, Path(folder)) for images in sizes
+            )
     few, many = sizes
-    if contender.library == "capsjax":
-        _run(contender, inputs, few)
-    short, _ = _run(contender, inputs, few)
-    long, memory = _run(contender, inputs, many)
     return Whole(memory, short, (many - few) / (long - short))
 
 
-def _run(contender: Contender, inputs: Path, images: int) -> tuple[float, float]:
+def _run(contender: Contender, inputs: Path, images: int, folder: Path) -> tuple[float, float]:
     """Runs a process to its end; returns its seconds and its peak in MiB.
 
     Raises:
       SystemExit: if it fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = _make_command(contender, inputs, images, Path(folder))
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.DEVNULL, env=make_environment(contender)
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}: see above")
-    return seconds, usage.ru_maxrss / 2**10
+    environment = make_environment(contender)
+    if contender.library == "capsjax":  # which sets its allocator by itself
+        environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
+    command = [sys.executable, *_make_command(contender, inputs, images)]
+    # The system counts to a new process what its parent held, so a small one starts it.
+    start = [sys.executable, "-c", _START, *command]
+    begin = time.perf_counter()
+    done = subprocess.run(start, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}: see above")
+    return seconds, int(done.stdout.splitlines()[-1]) / 2**10
 
 
-def _make_command(contender: Contender, inputs: Path, images: int, folder: Path) -> list[str]:
+_START = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+sys.exit(status)
+"""
+
+
+def _make_command(contender: Contender, inputs: Path, images: int) -> list[str]:
     if contender.library == "torch":
         options = json.dumps(dataclasses.asdict(contender))
         return ["-m", "benchmarking.torch_run", options, str(images), str(inputs)]
@@ -70,6 +78,5 @@ def _make_command(contender: Contender, inputs: Path, images: int, folder: Path)
         "batch-size": contender.batch_size,
         "routings": contender.routings,
         "precision": contender.dtype,
-        "save-dir": folder / "run",
     }
     return [str(_SCRIPT), *(word for name, n in flags.items() for word in (f"--{name}", str(n)))]

@@ -60,11 +60,11 @@ def test_a_whole_process_is_measured_from_outside(library, tmp_path):
     write_inputs(inputs, 64)
     whole = measure_whole(Contender(library, batch_size=16), inputs, (16, 64))
     assert whole.seconds > 1
-    assert whole.memory > 100
-    assert whole.images_per_second > 0
+    assert 100 < whole.memory < 3000
     tables.show_whole({library: whole._asdict()}, (16, 64))
 
 
+@pytest.mark.slow
 def test_a_whole_process_that_fails_is_named(tmp_path):
     contender = Contender("capsjax", batch_size=16)
     with pytest.raises(SystemExit, match=r"mnist.py .*--train-size 8 .* ended with status 2"):

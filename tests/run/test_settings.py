@@ -240,6 +240,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ({"devices": 3, "batch_size": 10}, ["3 devices do not divide a batch of 10"]),
         ({"devices": 9, "batch_size": 9}, ["9 devices asked for, 8 found"]),
         ({"shift_pixels": 10}, ["--shift-pixels 10", "10×10 pixels"]),
+        ({"elastic": 10}, ["--elastic 10", "10×10 pixels"]),
         ({"shift_pixels": 2**70}, ["--shift-pixels"]),
         ({"batch_size": 61}, ["--batch-size 61", "60 images"]),
         ({"batch_size": 10**30}, ["--batch-size", "60 images"]),
