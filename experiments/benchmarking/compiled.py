@@ -62,7 +62,8 @@ def compile_step(mesh: Mesh, dtype: str, batch: int) -> Any:
     step: Any = jit_steps(Setup(graph["def"], optimizer, task, dtype), mesh)[0]
     shape = jax.ShapeDtypeStruct
     where = Format(IMAGE_LAYOUT, replicated(mesh))
-    images = PlacedImages(shape((60000, 28, 28), jnp.uint8, sharding=where), channels=1)
+    pixels: Any = shape((60000, 28, 28), jnp.uint8, sharding=where)
+    images = PlacedImages(pixels, channels=1)
     labels = shape((60000,), jnp.int32)
     key, order = (
         jax.eval_shape(lambda: jax.random.key(0)),
