@@ -17,6 +17,11 @@ KEY = jax.random.key(0)
 LIMITS = {"rotation": 20.0, "shear": 15.0, "zoom": 0.2, "shift": 2.5, "elastic": 1.0}
 
 
+def jit_warp(key, images, **limits):
+    """Warps as a step does; one by one the operations would take seconds to compile."""
+    return jax.jit(partial(warp, **limits))(key, images)
+
+
 def warp_by_hand(image, theta, phi, zoom_rows, zoom_columns, down, right, field=None):
     """The definition in the docstring, pixel by pixel in float64; angles in degrees."""
     height, width, _ = image.shape
@@ -67,7 +72,7 @@ def test_an_image_is_distorted_as_the_definition_says(rng):
 
 
 def test_displacements_have_their_deviation_everywhere_and_are_smooth():
-    fields = np.asarray(_draw_fields(KEY, (4000, 28, 20, 1)))
+    fields = np.asarray(jax.jit(partial(_draw_fields, shape=(4000, 28, 20, 1)))(KEY))
     assert fields.shape == (4000, 28, 20, 2)
     np.testing.assert_allclose(fields.std(0), 1, atol=0.05)
     np.testing.assert_allclose(fields.mean(0), 0, atol=0.07)
@@ -82,38 +87,42 @@ def test_displacements_have_their_deviation_everywhere_and_are_smooth():
 
 def test_the_field_is_as_large_as_asked_for_and_does_not_change_the_affine_draws(rng):
     images = rng.uniform(size=(3, 12, 12, 1)).astype(np.float32)
-    field = 1.5 * _draw_fields(jax.random.fold_in(KEY, 1), images.shape)
-    bent = jax.vmap(_warp_image)(images, jnp.zeros((3, 6)), field)
-    np.testing.assert_allclose(warp(KEY, images, elastic=1.5), bent, atol=1e-6)
+
+    @jax.jit
+    def bend(images):
+        field = 1.5 * _draw_fields(jax.random.fold_in(KEY, 1), images.shape)
+        return jax.vmap(_warp_image)(images, jnp.zeros((3, 6)), field)
+
+    np.testing.assert_allclose(jit_warp(KEY, images, elastic=1.5), bend(images), atol=1e-6)
     affine = {name: limit for name, limit in LIMITS.items() if name != "elastic"}
-    nearly = warp(KEY, images, **affine, elastic=1e-6)
-    np.testing.assert_allclose(nearly, warp(KEY, images, **affine), atol=1e-4)
+    nearly = jit_warp(KEY, images, **affine, elastic=1e-6)
+    np.testing.assert_allclose(nearly, jit_warp(KEY, images, **affine), atol=1e-4)
 
 
 def test_without_limits_nothing_changes(rng):
     images = rng.uniform(size=(3, 8, 9, 1)).astype(np.float32)
-    np.testing.assert_allclose(warp(KEY, images), images, atol=1e-6)
+    np.testing.assert_allclose(jit_warp(KEY, images), images, atol=1e-6)
 
 
 def test_every_image_is_drawn_by_itself_and_anew_for_every_key(rng):
     images = np.broadcast_to(rng.uniform(size=(1, 12, 12, 1)).astype(np.float32), (6, 12, 12, 1))
-    warped = np.asarray(jax.jit(partial(warp, **LIMITS))(KEY, images))
+    warped = np.asarray(jit_warp(KEY, images, **LIMITS))
     assert len(np.unique(warped.reshape(6, -1), axis=0)) == 6
-    other = jax.jit(partial(warp, **LIMITS))(jax.random.key(1), images)
+    other = jit_warp(jax.random.key(1), images, **LIMITS)
     assert np.abs(warped - other).max(axis=(1, 2, 3)).min() > 0.01
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_each_limit_moves_the_image(rng, name):
     images = rng.uniform(size=(4, 12, 12, 1)).astype(np.float32)
-    moved = warp(KEY, images, **{name: LIMITS[name]})
+    moved = jit_warp(KEY, images, **{name: LIMITS[name]})
     assert np.abs(moved - images).max() > 0.05
 
 
 def test_a_blob_stays_within_the_limit_of_the_shift():
     images = np.zeros((500, 21, 21, 1), np.float32)
     images[:, 10, 10] = 1
-    warped = np.asarray(jax.jit(partial(warp, shift=2.5))(KEY, images))[..., 0]
+    warped = np.asarray(jit_warp(KEY, images, shift=2.5))[..., 0]
     rows = (warped.sum(2) * np.arange(21)[None]).sum(1) - 10
     assert 2.3 < np.abs(rows).max() <= 2.5001
     assert abs(rows.mean()) < 0.2
@@ -122,8 +131,8 @@ def test_a_blob_stays_within_the_limit_of_the_shift():
 
 def test_integers_become_floats_and_floats_keep_their_dtype(rng, dtype):
     images = rng.integers(0, 256, (2, 6, 6, 1), np.uint8)
-    assert warp(KEY, images, **LIMITS).dtype == jnp.float32
-    assert warp(KEY, jnp.asarray(images, dtype), **LIMITS).dtype == dtype
+    assert jit_warp(KEY, images, **LIMITS).dtype == jnp.float32
+    assert jit_warp(KEY, jnp.asarray(images, dtype), **LIMITS).dtype == dtype
 
 
 def test_eight_devices_warp_as_one(rng):
@@ -132,7 +141,7 @@ def test_eight_devices_warp_as_one(rng):
     warped = jax.jit(partial(warp, **LIMITS), out_shardings=split)(
         KEY, jax.device_put(images, split)
     )
-    np.testing.assert_allclose(warped, warp(KEY, images, **LIMITS), atol=1e-6)
+    np.testing.assert_allclose(warped, jit_warp(KEY, images, **LIMITS), atol=1e-6)
 
 
 @pytest.mark.parametrize(

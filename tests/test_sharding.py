@@ -42,7 +42,7 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
 def test_losses_and_parameters_are_those_of_one_device(devices):
     losses, state = train_twenty_steps(devices)
     expected, alone = train_twenty_steps(1)

@@ -57,11 +57,11 @@ def test_the_second_start_finds_the_compiled_step():
 @pytest.mark.parametrize("library", ["capsjax", pytest.param("torch", marks=NEEDS_TORCH)])
 def test_a_whole_process_is_measured_from_outside(library, tmp_path):
     inputs = tmp_path / "inputs.npz"
-    write_inputs(inputs, 64)
-    whole = measure_whole(Contender(library, batch_size=16), inputs, (16, 64))
+    write_inputs(inputs, 256)
+    whole = measure_whole(Contender(library, batch_size=128), inputs, (128, 256))
     assert whole.seconds > 1
     assert 100 < whole.memory < 3000
-    tables.show_whole({library: whole._asdict()}, (16, 64))
+    tables.show_whole({library: whole._asdict()}, (128, 256))
 
 
 @pytest.mark.slow
