@@ -93,7 +93,7 @@ def test_the_field_is_as_large_as_asked_for_and_does_not_change_the_affine_draws
         field = 1.5 * _draw_fields(jax.random.fold_in(KEY, 1), images.shape)
         return jax.vmap(_warp_image)(images, jnp.zeros((3, 6)), field)
 
-    np.testing.assert_allclose(jit_warp(KEY, images, elastic=1.5), bend(images), atol=1e-6)
+    np.testing.assert_allclose(jit_warp(KEY, images, elastic=1.5), bend(images), atol=5e-6)
     affine = {name: limit for name, limit in LIMITS.items() if name != "elastic"}
     nearly = jit_warp(KEY, images, **affine, elastic=1e-6)
     np.testing.assert_allclose(nearly, jit_warp(KEY, images, **affine), atol=1e-4)
@@ -141,7 +141,8 @@ def test_eight_devices_warp_as_one(rng):
     warped = jax.jit(partial(warp, **LIMITS), out_shardings=split)(
         KEY, jax.device_put(images, split)
     )
-    np.testing.assert_allclose(warped, jit_warp(KEY, images, **LIMITS), atol=1e-6)
+    # Positions of up to 8 pixels are rounded by 5e-7, each as the compiler orders its operations.
+    np.testing.assert_allclose(warped, jit_warp(KEY, images, **LIMITS), atol=5e-6)
 
 
 @pytest.mark.parametrize(
