@@ -21,6 +21,7 @@ from capsjax.run import Experiment, main
 CONTROL = dataclasses.replace(
     BEST.training, epochs=12, shift_pixels=2.8, rotation=10, shear=10, zoom=0.2
 )
+SMALL_WARPS: dict[str, Any] = {"rotation": 7, "shear": 5, "zoom": 0.1, "shift_pixels": 2}
 
 
 def trial(network: CapsNetConfig | None = None, **training: Any) -> Preset:
@@ -32,9 +33,8 @@ def trial(network: CapsNetConfig | None = None, **training: Any) -> Preset:
 PRESETS = {
     "control": trial(),
     "no-reconstruction": trial(lam_recon=0.0),
-    "small-warps": trial(rotation=7, shear=5, zoom=0.1, shift_pixels=2),
-    # In one respect other than small-warps.
-    "elastic": trial(rotation=7, shear=5, zoom=0.1, shift_pixels=2, elastic=1),
+    "small-warps": trial(**SMALL_WARPS),
+    "elastic": trial(**SMALL_WARPS, elastic=1),  # differs from small-warps in one respect
     "gradient": trial(CapsNetConfig(routing=Agreement(stop_gradient=False))),
     "bias": trial(CapsNetConfig(routing=Agreement(bias=True))),
     "authors-initial-values": trial(

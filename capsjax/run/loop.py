@@ -53,6 +53,7 @@ class Runner:
         collective = jax.process_count() > 1 and not plan.settings.run.testing
         self._signals = StopSignals(collective=collective)
         self._param_names: list[str] = []
+        self._compiling = True  # until the first step is done
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -153,8 +154,9 @@ class Runner:
                 stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
-                if number == first + 1:  # what compiling used
-                    return_freed_memory()
+                if self._compiling:
+                    return_freed_memory()  # what compiling used
+                    self._compiling = False
                 seconds = time.perf_counter() - begin
                 if stop:
                     self._end(checkpoints, state, seconds)

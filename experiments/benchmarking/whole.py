@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,29 +35,32 @@ def measure_whole(contender: Contender, inputs: Path, sizes: tuple[int, int]) ->
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2 if contender.library == "capsjax" else 1):
             (short, _), (long, memory) = (
-                _run(contender, inputs, images, Path(folder)) for images in sizes
+                run_measured(
+                    _make_command(contender, inputs, images),
+                    Path(folder),
+                    _make_environment(contender, folder),
+                )
+                for images in sizes
             )
     few, many = sizes
     return Whole(memory, short, (many - few) / (long - short))
 
 
-def _run(contender: Contender, inputs: Path, images: int, folder: Path) -> tuple[float, float]:
-    """Runs a process to its end; returns its seconds and its peak in MiB.
+def run_measured(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> tuple[float, float]:
+    """Runs this Python with some arguments; returns its seconds and the peak of its memory in MiB.
 
     Raises:
       SystemExit: if it fails.
     """
-    environment = make_environment(contender)
-    if contender.library == "capsjax":  # which sets its allocator by itself
-        environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
-    command = [sys.executable, *_make_command(contender, inputs, images)]
     # The system counts to a new process what its parent held, so a small one starts it.
-    start = [sys.executable, "-c", _START, *command]
+    command = [sys.executable, "-c", _START, sys.executable, *arguments]
     begin = time.perf_counter()
-    done = subprocess.run(start, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
     seconds = time.perf_counter() - begin
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}: see above")
+        raise SystemExit(f"{' '.join(arguments)} ended with status {done.returncode}: see above")
     return seconds, int(done.stdout.splitlines()[-1]) / 2**10
 
 
@@ -66,6 +70,12 @@ status = subprocess.run(sys.argv[1:]).returncode
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
 sys.exit(status)
 """
+
+
+def _make_environment(contender: Contender, folder: str) -> Mapping[str, str]:
+    if contender.library == "torch":
+        return make_environment(contender)
+    return os.environ | {"XDG_CACHE_HOME": folder}  # capsjax sets its allocator by itself
 
 
 def _make_command(contender: Contender, inputs: Path, images: int) -> list[str]:

@@ -1,6 +1,6 @@
 """What a run asks of its process before JAX starts: its allocator and compilation cache."""
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -8,14 +8,10 @@ from unittest import mock
 import jax
 import pytest
 
+from benchmarking.whole import run_measured
 from capsjax.run import Experiment, machine, main
 
-START = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
-MNIST = Path(__file__).parents[2] / "experiments" / "mnist.py"
+MNIST = str(Path(__file__).parents[2] / "experiments" / "mnist.py")
 
 
 @pytest.fixture
@@ -100,10 +96,5 @@ def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_whole_run_of_mnist_peaks_below_1300_mib(precision, tmp_path):
     flags = ["--epochs", "1", "--train-size", "1280", "--batch-size", "128", "--routings", "3"]
-    command = [sys.executable, MNIST, *flags, "--precision", precision, "--save-dir", "run"]
-    # The system counts to a new process what its parent held, so a small one starts it.
-    done = subprocess.run(
-        [sys.executable, "-c", START, *command], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert 300 < int(done.stdout.splitlines()[-1]) / 2**10 < 1300
+    _, peak = run_measured([MNIST, *flags, "--precision", precision], tmp_path, os.environ)
+    assert 300 < peak < 1300
