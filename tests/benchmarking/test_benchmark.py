@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 
+import numpy as np
 import pytest
 
 import benchmark
@@ -10,7 +12,7 @@ from benchmarking import picture, tables
 from benchmarking.capsjax_tasks import write_inputs
 from benchmarking.contender import Contender
 from benchmarking.start import measure_start
-from benchmarking.whole import measure_whole
+from benchmarking.whole import measure_whole, run_measured
 
 SHORT = benchmark.Benchmark(batch_size=2, rounds=1, steps=1)
 TORCH = importlib.util.find_spec("torch") is not None
@@ -60,8 +62,16 @@ def test_a_whole_process_is_measured_from_outside(library, tmp_path):
     write_inputs(inputs, 256)
     whole = measure_whole(Contender(library, batch_size=128), inputs, (128, 256))
     assert whole.seconds > 1
-    assert 100 < whole.memory < 3000
+    assert whole.memory > 300
     tables.show_whole({library: whole._asdict()}, (128, 256))
+
+
+def test_the_peak_is_that_of_the_process_and_not_of_the_one_that_starts_it(tmp_path):
+    held = np.ones(2**26)  # 512 MiB
+    lines = "import time; held = b'x' * (200 * 2**20); time.sleep(0.3)"
+    seconds, peak = run_measured(["-c", lines], tmp_path, os.environ)
+    assert seconds > 0.3
+    assert 200 < peak < 300 < held.nbytes / 2**20
 
 
 @pytest.mark.slow
