@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -131,14 +132,21 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if _comes_from_a_step(error):
         print(_describe_loss(error), file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
 
 
-def _describe_loss(error: Exception) -> str:
+def _comes_from_a_step(error: BaseException) -> bool:
+    # JAX 0.12 raises ValueError where a step is dispatched synchronously; its message begins with
+    # the status as a JaxRuntimeError's does: "UNKNOWN: Gloo all-reduce failed".
+    is_status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
+    return is_status or isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _describe_loss(error: BaseException) -> str:
     # The first cause, a full disk for example, is the context of the last.
     causes = [e for e in (error.__context__, error) if e is not None]
     reasons = "; ".join(str(e).partition("\n")[0] for e in causes)
