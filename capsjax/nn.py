@@ -133,8 +133,7 @@ class DenseCaps(nnx.Module):
       weight_init: of W [j, i, d, k]; 0.01 · N(0, 1) by default.
       rngs: its stream `params` draws the initial values.
 
-    Called with u [..., i, k], returns v [..., j, d]. A routing that asks for a bias gets one of
-    0.1, the initial value in the authors' released code.
+    Called with u [..., i, k], returns v [..., j, d].
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,10 +162,8 @@ class DenseCaps(nnx.Module):
         weight_init = weight_init or initializers.normal(0.01)
         shape = (out_num_caps, in_num_caps, out_dim_caps, in_dim_caps)
         self.weight = nnx.Param(weight_init(rngs.params(), shape, jnp.float32))
-        bias_shape = self.routing.bias_shape(out_num_caps, in_num_caps, out_dim_caps)
-        self.bias = (
-            None if bias_shape is None else nnx.Param(jnp.full(bias_shape, 0.1, jnp.float32))
-        )
+        bias = self.routing.initial_bias(out_num_caps, in_num_caps, out_dim_caps)
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, u: ArrayLike) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
@@ -204,11 +201,11 @@ def as_routing(routings: int | Routing) -> Routing:
     if not callable(routings):
         return Agreement(routings)
     frozen = getattr(routings, "__dataclass_params__", None)
-    needed = hasattr(routings, "name") and hasattr(routings, "bias_shape")
+    needed = hasattr(routings, "name") and hasattr(routings, "initial_bias")
     if isinstance(routings, type) or not needed or frozen is None or not frozen.frozen:
         raise ValueError(
             "expected a number of iterations or a routing, an instance of a frozen dataclass with "
-            f"name, bias_shape and __call__, got {routings!r}"
+            f"name, initial_bias and __call__, got {routings!r}"
         )
     return routings
 

@@ -25,6 +25,15 @@ def squash(s):
     return norm**2 / (1 + norm**2) * (np.asarray(s, np.float64) / norm)
 
 
+@np.vectorize(signature="(d)->(d)")
+def squash_exp(s):
+    """Shrinks vectors to 1 − e^−|s| (Mazzia, Salvetti, Chiaberge, 2021)."""
+    norm = float(length(s))
+    if norm == 0:
+        return np.zeros(len(s))
+    return -math.expm1(-norm) * (np.asarray(s, np.float64) / norm)
+
+
 def squash_jacobian(s):
     """Computes dv_a / ds_b = f δ_ab + f' s_a s_b / n, where n = |s| and f = n / (1 + n²)."""
     s = np.asarray(s, np.float64)
@@ -33,6 +42,16 @@ def squash_jacobian(s):
         return np.zeros((len(s), len(s)))
     slope = (1 - n**2) / (1 + n**2) ** 2
     return n / (1 + n**2) * np.eye(len(s)) + slope * n * np.outer(s / n, s / n)
+
+
+def squash_exp_jacobian(s):
+    """Computes dv_a / ds_b = f δ_ab + f' s_a s_b / n, where n = |s| and f = (1 − e^−n) / n."""
+    s = np.asarray(s, np.float64)
+    n = float(length(s))
+    if n == 0:
+        return np.eye(len(s))
+    shrunk = -math.expm1(-n)
+    return shrunk / n * np.eye(len(s)) + (math.exp(-n) - shrunk / n) * np.outer(s / n, s / n)
 
 
 @np.vectorize(signature="(i,k),(j,i,d,k)->(j,i,d)")
@@ -46,20 +65,25 @@ def predictions(u, weight):
     return u_hat
 
 
-def routing_state(u_hat, routings, bias=None):
-    """Routes (procedure 1): logits and couplings of the last iteration, and the capsules."""
+def routing_state(u_hat, routings, bias=None, leak=False):
+    """Routes (procedure 1): logits and couplings of the last iteration, and the capsules.
+
+    With a leak, one more output capsule, whose logit stays 0, takes its share and is dropped, as
+    in Sarasra/models, research/capsules.
+    """
     bias = np.zeros((u_hat.shape[-3], u_hat.shape[-1])) if bias is None else bias
-    return _route(u_hat, bias, routings)
+    return _route(u_hat, bias, routings, leak)
 
 
-@np.vectorize(signature="(j,i,d),(j,d),()->(j,i),(j,i),(j,d)")
-def _route(u_hat, bias, routings):
+@np.vectorize(signature="(j,i,d),(j,d),(),()->(j,i),(j,i),(j,d)")
+def _route(u_hat, bias, routings, leak):
     u_hat, bias = u_hat.astype(np.float64), bias.astype(np.float64)
     classes, inputs, dim = u_hat.shape
     b, c, v = np.zeros((classes, inputs)), np.zeros((classes, inputs)), np.zeros((classes, dim))
     for iteration in range(routings):
         for i in range(inputs):  # softmax over the output capsules, for every input capsule
-            weights = [math.exp(b[j, i] - b[:, i].max()) for j in range(classes)]
+            logits = [*b[:, i], 0] if leak else b[:, i]
+            weights = [math.exp(logit - max(logits)) for logit in logits]
             for j in range(classes):
                 c[j, i] = weights[j] / sum(weights)
         for j in range(classes):
@@ -72,6 +96,31 @@ def _route(u_hat, bias, routings):
                 for i in range(inputs):
                     b[j, i] += u_hat[j, i] @ v[j]
     return b, c, v
+
+
+@np.vectorize(signature="(j,i,d),(j,i)->(j,d)")
+def sum_of_votes(u_hat, couplings):
+    """Sums the votes for each output capsule, weighted by couplings (eq. 2, left)."""
+    s = np.zeros((u_hat.shape[0], u_hat.shape[2]))
+    for j in range(u_hat.shape[0]):
+        for i in range(u_hat.shape[1]):
+            s[j] += couplings[j, i] * u_hat[j, i].astype(np.float64)
+    return s
+
+
+@np.vectorize(signature="(j,i,d),(j,i)->(j,d)")
+def self_attention_routing(u_hat, bias):
+    """Routes in one pass: votes attend to their sum (Mazzia, Salvetti, Chiaberge, 2021)."""
+    u_hat = u_hat.astype(np.float64)
+    classes, inputs, dim = u_hat.shape
+    sums = sum_of_votes(u_hat, np.ones((classes, inputs)))
+    couplings = np.zeros((classes, inputs))
+    for i in range(inputs):
+        logits = [u_hat[j, i] @ sums[j] / math.sqrt(dim) for j in range(classes)]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        for j in range(classes):
+            couplings[j, i] = weights[j] / sum(weights)
+    return squash_exp(sum_of_votes(u_hat, couplings + bias))
 
 
 @np.vectorize(signature="(h,w,c),(p,q,c,o),()->(r,s,o)")

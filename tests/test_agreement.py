@@ -23,7 +23,7 @@ J, N, D = 3, 5, 4  # output and input capsules, and the dimension of the output
 
 # Compiled once for each number of iterations.
 routing = jax.jit(capsjax.routing, static_argnames=("routings", "stop_gradient"))
-routing_state = jax.jit(capsjax.routing_state, static_argnames=("routings", "stop_gradient"))
+routing_state = jax.jit(capsjax.routing_state, static_argnames=("routings", "leak"))
 
 
 def float64(x) -> np.ndarray:
@@ -78,11 +78,12 @@ def test_routing_gives_the_capsules_of_routing_state(u_hat, bias):
         elements=st.floats(-8, 8, width=32),
     ),
     st.integers(1, 3),
+    st.booleans(),
 )
 @settings(max_examples=150)
-def test_routing_equals_the_paper_at_any_value(u_hat, routings):
-    state = routing_state(u_hat, routings=routings)
-    _, couplings, capsules = reference.routing_state(float64(u_hat), routings)
+def test_routing_equals_the_paper_at_any_value(u_hat, routings, leak):
+    state = routing_state(u_hat, routings=routings, leak=leak)
+    _, couplings, capsules = reference.routing_state(float64(u_hat), routings, leak=leak)
     # Logits of tens turn a float32 rounding of theirs into one of the couplings.
     np.testing.assert_allclose(state.couplings, couplings, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(state.capsules, capsules, rtol=1e-3, atol=1e-5)
@@ -97,6 +98,17 @@ def test_each_input_capsule_shares_itself_out_whole(u_hat, routings):
     couplings = routing_state(u_hat, routings=routings).couplings
     assert (couplings >= 0).all()
     np.testing.assert_allclose(couplings.sum(-2), 1, rtol=1e-6)
+
+
+@given(hnp.arrays(np.float32, (2, 3, 4, 2), elements=st.floats(-(2**20), 2**20, width=32)))
+@settings(max_examples=60)
+def test_what_leaks_is_the_share_of_a_logit_of_zero(u_hat):
+    logits, couplings, _ = routing_state(u_hat, routings=2, leak=True)
+    highest = np.maximum(float64(logits).max(-2), 0)
+    left = np.exp(-highest) / (
+        np.exp(float64(logits) - highest[..., None, :]).sum(-2) + np.exp(-highest)
+    )
+    np.testing.assert_allclose(1 - float64(couplings).sum(-2), left, atol=1e-5)
 
 
 @given(hnp.arrays(np.float32, (2, 3, 4, 2), elements=st.floats(-8, 8, width=32)), st.data())
@@ -240,7 +252,7 @@ def test_calls_of_one_shape_are_traced_once(u_hat):
 @pytest.mark.parametrize(
     ("u_hat", "options", "message"),
     [
-        ((N, D), {}, r"predictions \[\.\.\., j, i, d\], got \[5, 4\]"),
+        ((N, D), {}, r"votes \[\.\.\., j, i, d\], got \[5, 4\]"),
         ((J, N, D), {"bias": np.zeros(D)}, r"bias \[j, d\] = \[3, 4\], got \[4\]"),
         ((2, J, N, D), {"bias": np.zeros((2, J, D))}, r"\[3, 4\], got \[2, 3, 4\]"),
         ((J, N, D), {"routings": 0}, "int of 1 or more, got 0"),

@@ -14,11 +14,25 @@ import capsjax.viz
 FUNCTIONS = {
     "length": "(x, axis=-1, *, keepdims=False)",
     "squash": "(s, axis=-1)",
+    "squash_exp": "(s, axis=-1)",
     "primary_capsules": ("(x, kernel, bias, *, dim, strides=2, grouping='channels', coupling=1.0)"),
     "predictions": "(u, weight)",
-    "dense_capsules": "(u, weight, routings=3, *, bias=None, stop_gradient=True)",
-    "routing": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
-    "routing_state": "(u_hat, routings=3, *, bias=None, stop_gradient=True)",
+    "dense_capsules": f"(u, weight, routing={capsjax.routing!r}, **options)",
+    "routing": "(votes, routings=3, *, bias=None, leak=False, stop_gradient=True)",
+    "routing_state": "(votes, routings=3, *, bias=None, leak=False, stop_gradient=True)",
+    "uniform_routing": "(votes, *, bias=None)",
+    "random_routing": "(key, votes, *, bias=None)",
+    "self_attention_routing": "(votes, *, bias=None)",
+    "attention_routing": "(votes, routings=2, *, scale=None, offset=None)",
+    "em_routing": (
+        "(votes, activations, *, beta_u, beta_a, routings=3, inverse_temperature=0.01, "
+        "min_variance=0.0001, mass=None)"
+    ),
+    "variational_routing": (
+        "(votes, activations, *, routings=3, prior_counts=1.0, prior_mean_counts=1.0, "
+        "prior_scale=1.0)"
+    ),
+    "self_routing": "(votes, activations, logits)",
     "mask": "(capsules, labels=None)",
     "perturb": "(capsules, offsets)",
     "decode": "(params, x)",
@@ -38,6 +52,9 @@ MODULES = {
 }
 TUPLES = {
     capsjax.RoutingState: ("logits", "couplings", "capsules"),
+    capsjax.Capsules: ("poses", "activations"),
+    capsjax.EMState: ("poses", "activations", "variances", "responsibilities"),
+    capsjax.VariationalState: ("poses", "evidence", "responsibilities"),
     capsjax.Output: ("scores", "capsules", "reconstruction"),
     capsjax.Prediction: ("predicted", "scores", "reconstruction"),
 }

@@ -1,4 +1,4 @@
-"""Routing by agreement without the votes, and the value that a capsule layer takes."""
+"""The capsule layer without the votes, and routing by agreement as the value that it takes."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from chex import assert_shape
 import capsjax
 import reference
 from capsjax import Agreement
-from capsjax._routing import dense
+from capsjax._routing import _dense_votes
 
 J, N, D, K = 3, 5, 4, 2  # output and input capsules, and their dimensions
 
@@ -45,7 +45,7 @@ def test_the_capsule_layer_equals_the_paper(rng, lead, dtype, call):
 def test_the_capsule_layer_has_routings_value_and_gradients(
     rng, bias, order, routings, stop_gradient, monkeypatch
 ):
-    monkeypatch.setattr(dense, "_map_by_platform", getattr(dense, order))
+    monkeypatch.setattr(_dense_votes, "_map_by_platform", getattr(_dense_votes, order))
     weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
     u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
     cotangent = jnp.asarray(rng.normal(size=(2, J, D)), jnp.float32)
@@ -105,6 +105,7 @@ def test_the_capsule_layer_refuses_shapes_that_do_not_fit(u, bias, words):
         (Agreement(), {"routings": 3}),
         (Agreement(2), {"routings": 2}),
         (Agreement(2, stop_gradient=False), {"routings": 2, "stop_gradient": False}),
+        (Agreement(leak=True), {"leak": True}),
     ],
 )
 def test_agreement_is_the_capsule_layer_with_its_options(rng, bias, agreement, options):
@@ -136,8 +137,9 @@ def test_equal_agreements_are_one_value_and_compiled_once():
 
 
 def test_agreement_asks_for_a_bias_only_if_it_has_one():
-    assert Agreement(bias=True).bias_shape(J, N, D) == (J, D)
-    assert Agreement().bias_shape(J, N, D) is None
+    bias = Agreement(bias=True).initial_bias(J, N, D)
+    np.testing.assert_array_equal(bias, np.full((J, D), 0.1, np.float32))
+    assert Agreement().initial_bias(J, N, D) is None
 
 
 @pytest.mark.parametrize("iterations", [0, -1, 1.5, 3.0, True, None, "3"])

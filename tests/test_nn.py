@@ -67,8 +67,8 @@ class WeightedMean:
 
     name: ClassVar[str] = "weighted mean"
 
-    def bias_shape(self, j, i, d):
-        return (j, i)
+    def initial_bias(self, j, i, d):
+        return jnp.full((j, i), 0.1)
 
     def __call__(self, u, weight, bias=None):
         return jnp.einsum("...ik,jidk,ji->...jd", u, weight, bias)
@@ -128,7 +128,7 @@ class Loose:
 
     name = "loose"
 
-    def bias_shape(self, j, i, d):
+    def initial_bias(self, j, i, d):
         return None
 
     def __call__(self, u, weight, bias=None):
@@ -137,7 +137,7 @@ class Loose:
 
 @dataclasses.dataclass(frozen=True)
 class Nameless:
-    bias_shape, __call__ = Loose.bias_shape, Loose.__call__
+    initial_bias, __call__ = Loose.initial_bias, Loose.__call__
 
 
 @pytest.mark.parametrize(

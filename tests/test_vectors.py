@@ -14,10 +14,10 @@ import capsjax
 import reference
 
 # Compiled once a shape, because there are many examples.
-squash = jax.jit(capsjax.squash)
+squash, squash_exp = jax.jit(capsjax.squash), jax.jit(capsjax.squash_exp)
 GRADIENTS = {
     function: (jax.jit(jax.jacrev(function)), jax.jit(jax.jacfwd(function)))
-    for function in (capsjax.length, capsjax.squash)
+    for function in (capsjax.length, capsjax.squash, capsjax.squash_exp)
 }
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8}  # a few ulp; one rounding of the result
@@ -40,7 +40,7 @@ def make_vector(length: float, dtype) -> jax.Array:
     return jnp.asarray(length * np.array([0.5, -0.7, 0.1, 0.5]), dtype)
 
 
-@pytest.mark.parametrize("name", ["length", "squash"])
+@pytest.mark.parametrize("name", ["length", "squash", "squash_exp"])
 def test_equals_the_paper(name, rng, lead, dtype, call):
     s = jnp.asarray(rng.normal(size=(*lead, 3, 4)), dtype)
     result = call(getattr(capsjax, name), s)
@@ -66,7 +66,7 @@ def test_keepdims_keeps_the_axis_of_the_components():
     assert_shape(capsjax.length(x, 1), (2, 4))
 
 
-@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash])
+@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash, capsjax.squash_exp])
 @pytest.mark.parametrize("axis", [2, -3])
 @pytest.mark.parametrize("jit", [False, True])
 def test_an_axis_that_is_not_there_is_an_error_in_words(function, axis, jit):
@@ -85,9 +85,10 @@ def test_integers_give_float32():
 @given(draw_vectors())
 @settings(max_examples=200)
 def test_squashed_vectors_are_no_longer_than_one(s):
-    for dtype in (jnp.bfloat16, jnp.float32):
-        v = squash(jnp.asarray(s, dtype))
-        assert reference.length(float64(v)).max() <= 1 + float(jnp.finfo(dtype).eps)
+    for function in (squash, squash_exp):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            v = function(jnp.asarray(s, dtype))
+            assert reference.length(float64(v)).max() <= 1 + float(jnp.finfo(dtype).eps)
 
 
 @given(draw_vectors())
@@ -95,6 +96,8 @@ def test_squashed_vectors_are_no_longer_than_one(s):
 def test_squash_equals_the_paper_at_any_value(s):
     expected = reference.squash(float64(s))
     np.testing.assert_allclose(squash(s), expected, rtol=2e-6, atol=1e-18)
+    exponential = reference.squash_exp(float64(s))
+    np.testing.assert_allclose(squash_exp(s), exponential, rtol=2e-6, atol=1.1e-19)
 
 
 @given(draw_vectors(max_length=1e6))
@@ -116,7 +119,7 @@ def test_length_equals_the_paper_at_any_value(x, axis):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash])
+@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash, capsjax.squash_exp])
 def test_value_and_gradient_are_finite_at_every_length(function, length, dtype):
     s = make_vector(length, dtype)
     assert np.isfinite(float64(function(s))).all()
@@ -124,18 +127,19 @@ def test_value_and_gradient_are_finite_at_every_length(function, length, dtype):
         assert np.isfinite(float64(gradient(s))).all()
 
 
-def test_the_gradient_at_zero_is_zero(dtype):
-    for gradients in GRADIENTS.values():
-        for gradient in gradients:
-            assert not float64(gradient(jnp.zeros(4, dtype))).any()
+@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash])
+def test_the_gradient_at_zero_is_zero(function, dtype):
+    for gradient in GRADIENTS[function]:
+        assert not float64(gradient(jnp.zeros(4, dtype))).any()
 
 
-@pytest.mark.parametrize("length", [value for value in LENGTHS if value >= 1e-10])
-def test_the_gradient_of_squash_is_the_jacobian(length, dtype):
+@pytest.mark.parametrize("name", ["squash", "squash_exp"])
+@pytest.mark.parametrize("length", [0.0, *(value for value in LENGTHS if value >= 1e-10)])
+def test_the_gradient_of_squash_is_the_jacobian(length, name, dtype):
     s = make_vector(length, dtype)
-    expected = reference.squash_jacobian(float64(s))
+    expected = getattr(reference, f"{name}_jacobian")(float64(s))
     tolerance = {"float32": 2e-6, "bfloat16": 2**-7}[dtype.__name__] * np.abs(expected).max()
-    for gradient in GRADIENTS[capsjax.squash]:
+    for gradient in GRADIENTS[getattr(capsjax, name)]:
         error = float64(gradient(s)) - expected
         assert np.abs(error).max() <= tolerance
 
@@ -149,7 +153,7 @@ def test_the_gradient_of_length_is_the_direction(length, dtype):
         np.testing.assert_allclose(float64(gradient(x)), expected, rtol=rtol)
 
 
-@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash])
+@pytest.mark.parametrize("function", [capsjax.length, capsjax.squash, capsjax.squash_exp])
 def test_the_gradients_pass_check_grads(function, rng):
     with jax.enable_x64(True):
         s = jnp.asarray(rng.normal(size=(2, 3)))
@@ -157,7 +161,7 @@ def test_the_gradients_pass_check_grads(function, rng):
         check_grads(jax.jit(function), (s,), order=1, modes=("fwd", "rev"))
 
 
-@pytest.mark.parametrize("name", ["length", "squash"])
+@pytest.mark.parametrize("name", ["length", "squash", "squash_exp"])
 def test_a_result_in_bfloat16_is_rounded_once(name, rng):
     s = jnp.asarray(rng.normal(size=(256, 16)), jnp.bfloat16)
     expected = jnp.asarray(getattr(reference, name)(float64(s)), jnp.bfloat16)
@@ -168,3 +172,4 @@ def test_nan_passes_through_length_and_squash():
     s = jnp.array([[3.0, jnp.nan], [3.0, 4.0]])
     np.testing.assert_array_equal(capsjax.length(s), [np.nan, 5])
     assert jnp.isnan(capsjax.squash(s[0])).all()
+    assert jnp.isnan(capsjax.squash_exp(s[0])).all()

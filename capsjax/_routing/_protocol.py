@@ -10,6 +10,7 @@ class Routing(Protocol):
     """A routing as a value: a frozen dataclass whose fields are its hyper-parameters.
 
     Being frozen gives it equality and a hash, so that a network which holds it is compiled once.
+    `initial_bias` lets the layer own one array that training adapts, of any shape.
     A saved network stores `name` and the fields, which JSON must hold; a process that loads it
     finds the class in `capsjax.ROUTINGS[name]`. `--routings` sets the field `iterations`, if any.
 
@@ -22,11 +23,11 @@ class Routing(Protocol):
       ... class MeanRouting:
       ...     name: ClassVar[str] = "mean"
       ...
-      ...     def bias_shape(self, j, i, d):
+      ...     def initial_bias(self, j, i, d):
       ...         return None
       ...
       ...     def __call__(self, u, weight, bias=None):
-      ...         return capsjax.squash(capsjax.predictions(u, weight).mean(-2))
+      ...         return capsjax.squash(capsjax.DenseVotes(u, weight).weighted_sum() / u.shape[-2])
       >>> layer = capsjax.nn.DenseCaps(1152, 8, 10, 16, MeanRouting(), rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((2, 1152, 8))).shape
       (2, 10, 16)
@@ -34,8 +35,8 @@ class Routing(Protocol):
 
     name: ClassVar[str]
 
-    def bias_shape(self, j: int, i: int, d: int) -> tuple[int, ...] | None:
-        """Returns the shape of the bias that the layer shall own; None for no bias."""
+    def initial_bias(self, j: int, i: int, d: int) -> jax.Array | None:
+        """Returns the bias with which the layer begins; None for no bias."""
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes input capsules [..., i, k] by W [j, i, d, k] to output capsules [..., j, d]."""

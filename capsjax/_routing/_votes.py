@@ -1,9 +1,12 @@
-"""The votes û (eq. 2), and the checks that all routings by agreement share."""
+"""The votes û (eq. 2), what a routing asks of them, and the checks that routings share."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax._vectors import at_least_float32, float_dtype
@@ -50,21 +53,116 @@ def check_capsule_layer(function: str, u: jax.Array, weight: jax.Array) -> None:
         )
 
 
-def broadcast_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
-    """Reshapes the bias so that it broadcasts against s; None is 0."""
-    return jnp.zeros(()) if bias is None else at_least_float32(jnp.asarray(bias)).reshape(shape)
+class Capsules(NamedTuple):
+    """Capsules whose presence is not their length: what EM and its relatives route."""
+
+    poses: jax.Array  # [..., j, d]
+    activations: jax.Array  # [..., j]: from 0 to 1
+
+
+@runtime_checkable
+class Votes(Protocol):
+    """Votes û [..., j, i, d] as a routing sees them, which need not be made, or not all at once.
+
+    A pytree, so that `lax.stop_gradient` applies to it.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., j, i, d]."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The float dtype of the capsules that a routing returns."""
+
+    def weighted_sum(self, couplings: jax.Array | None = None) -> jax.Array:
+        """Returns s_j = Σ_i c_ji û_ji, [..., j, d], for couplings [..., j, i]; None: all are 1."""
+
+    def agreement(self, vectors: jax.Array) -> jax.Array:
+        """Returns û_ji · v_j, [..., j, i], for vectors [..., j, d]."""
+
+    def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
+        """Applies a function to the votes of one output capsule after the other.
+
+        function(votes [..., i, d] in float32, *an element of each array [j, ...])
+
+        Returns its results, stacked along a first axis j.
+        """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayVotes:
+    """Votes that lie in an array; sums run in float32."""
+
+    u_hat: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.u_hat.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return float_dtype(self.u_hat)
+
+    def weighted_sum(self, couplings: jax.Array | None = None) -> jax.Array:
+        u_hat = at_least_float32(self.u_hat)
+        return jnp.sum(u_hat if couplings is None else couplings[..., None] * u_hat, -2)
+
+    def agreement(self, vectors: jax.Array) -> jax.Array:
+        return jnp.sum(at_least_float32(self.u_hat) * vectors[..., None, :], -1)
+
+    def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
+        u_hat = jnp.moveaxis(at_least_float32(self.u_hat), -3, 0)
+        return lax.map(lambda of_output: function(*of_output), (u_hat, *arrays))
+
+
+def as_votes(function: str, votes: ArrayLike | Votes) -> Votes:
+    """Returns votes as they are, an array as votes.
+
+    Raises:
+      ValueError: unless they are [..., j, i, d].
+    """
+    if not isinstance(votes, Votes):
+        votes = ArrayVotes(jnp.asarray(votes))
+    if len(votes.shape) < 3 or not votes.shape[-3]:
+        raise ValueError(f"{function}: expected votes [..., j, i, d], got {list(votes.shape)}")
+    return votes
+
+
+def as_bias(
+    function: str, bias: ArrayLike | None, axes: str, shape: tuple[int, ...], ndim: int
+) -> jax.Array:
+    """Returns the bias with leading axes of 1, `ndim` axes in all; None is 0.
+
+    Raises:
+      ValueError: unless its shape is the one that `axes` names.
+    """
+    if bias is None:
+        return jnp.zeros((1,) * ndim)
+    if jnp.shape(bias) != shape:
+        raise ValueError(
+            f"{function}: expected a bias {axes} = {list(shape)}, got {[*jnp.shape(bias)]}"
+        )
+    return at_least_float32(jnp.asarray(bias)).reshape((1,) * (ndim - len(shape)) + shape)
+
+
+def as_activations(function: str, activations: ArrayLike, votes: Votes) -> jax.Array:
+    """Returns the activations of input capsules in float32.
+
+    Raises:
+      ValueError: unless they are [..., i], with the leading axes of the votes.
+    """
+    *lead, _, i, _ = votes.shape
+    if jnp.shape(activations) != (*lead, i):
+        raise ValueError(
+            f"{function}: expected activations [..., i] = {[*lead, i]} for votes "
+            f"{list(votes.shape)}, got {[*jnp.shape(activations)]}"
+        )
+    return at_least_float32(jnp.asarray(activations))
 
 
 def check_iterations(routings: int) -> None:
     """Raises ValueError unless routings is an int of 1 or more."""
     if not isinstance(routings, int) or isinstance(routings, bool) or routings < 1:
         raise ValueError(f"routing: routings is an int of 1 or more, got {routings!r}")
-
-
-def check_votes_and_bias(u_hat: Any, bias: ArrayLike | None) -> None:
-    """Raises ValueError unless û is [..., j, i, d] and the bias, if there is one, [j, d]."""
-    if u_hat.ndim < 3 or not u_hat.shape[-3]:
-        raise ValueError(f"routing: expected predictions [..., j, i, d], got {list(u_hat.shape)}")
-    j, _, d = u_hat.shape[-3:]
-    if bias is not None and jnp.shape(bias) != (j, d):
-        raise ValueError(f"routing: expected a bias [j, d] = [{j}, {d}], got {[*jnp.shape(bias)]}")

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax._routing._votes import broadcast_bias, check_iterations, check_votes_and_bias
-from capsjax._routing.dense import dense_capsules
-from capsjax._vectors import at_least_float32, float_dtype, squash
+from capsjax._routing._dense_votes import DenseVotes
+from capsjax._routing._votes import Votes, as_bias, as_votes, check_iterations
+from capsjax._vectors import squash
 
 
 class RoutingState(NamedTuple):
@@ -25,25 +25,29 @@ class RoutingState(NamedTuple):
 
 
 def routing(
-    u_hat: ArrayLike,
+    votes: ArrayLike | Votes,
     routings: int = 3,
     *,
     bias: ArrayLike | None = None,
+    leak: bool = False,
     stop_gradient: bool = True,
 ) -> jax.Array:
-    """Routes by agreement (procedure 1): each output capsule from the predictions of all inputs.
+    """Routes by agreement (procedure 1): each output capsule from the votes of all inputs.
 
     b = 0; repeat: c = softmax_j(b), s_j = Σ_i c_ji û_ji, v_j = squash(s_j), b_ji += û_ji · v_j
 
     Args:
-      u_hat: predictions û [..., j, i, d], of any float dtype; sums run in float32.
+      votes: û [..., j, i, d], of any float dtype, from `predictions`, or `DenseVotes`, which are
+        never made; sums run in float32.
       routings: the number of iterations, a Python int of 1 or more. With 1 all couplings are 1/J.
       bias: [j, d], added to s in every iteration, as in the authors' released code.
+      leak: lets an input capsule leave a part of itself to no output capsule, as if there were one
+        more, whose logit stays 0: c_ji = e^b_ji / (1 + Σ_j e^b_ji).
       stop_gradient: lets the gradient flow through the last iteration only, as if the couplings
         were constants. False: through every iteration, as in the authors' released code.
 
     Returns:
-      v: output capsules [..., j, d] in the dtype of `u_hat`.
+      v: output capsules [..., j, d] in the dtype of the votes.
 
     Raises:
       ValueError: if a shape does not fit or `routings` is not an int of 1 or more.
@@ -55,31 +59,34 @@ def routing(
 
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1; the stopped gradient:
-      XifengGuo/CapsNet-Pytorch; the bias: Sarasra/models, research/capsules.
+      XifengGuo/CapsNet-Pytorch; the bias and the leak: Sarasra/models, research/capsules.
     """
-    return routing_state(u_hat, routings, bias=bias, stop_gradient=stop_gradient).capsules
+    state = routing_state(votes, routings, bias=bias, leak=leak, stop_gradient=stop_gradient)
+    return state.capsules
 
 
 def routing_state(
-    u_hat: ArrayLike,
+    votes: ArrayLike | Votes,
     routings: int = 3,
     *,
     bias: ArrayLike | None = None,
+    leak: bool = False,
     stop_gradient: bool = True,
 ) -> RoutingState:
     """Routes as `routing` does, and also returns the logits and couplings of the last iteration.
 
-    c = softmax_j(b), Σ_j c_ji = 1
+    c = softmax_j(b), Σ_j c_ji = 1; with a leak Σ_j c_ji < 1
 
     Args:
-      u_hat: predictions û [..., j, i, d].
+      votes: as in `routing`.
       routings: as in `routing`.
       bias: as in `routing`.
+      leak: as in `routing`.
       stop_gradient: as in `routing`.
 
     Returns:
       `RoutingState`: logits b [..., j, i] and couplings c [..., j, i] in float32, capsules v
-      [..., j, d] in the dtype of `u_hat`.
+      [..., j, d] in the dtype of the votes.
 
     Raises:
       ValueError: under the same conditions as `routing`.
@@ -93,25 +100,31 @@ def routing_state(
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1.
     """
-    u_hat = jnp.asarray(u_hat)
+    votes = as_votes("routing", votes)
     check_iterations(routings)
-    check_votes_and_bias(u_hat, bias)
-    j, _, d = u_hat.shape[-3:]
-    inputs = at_least_float32(u_hat), broadcast_bias(bias, (*(1,) * (u_hat.ndim - 3), j, d))
+    *lead, j, i, d = votes.shape
+    inputs = votes, as_bias("routing", bias, "[j, d]", (j, d), len(lead) + 2)
 
-    b, c = jnp.zeros(u_hat.shape[:-1]), jnp.full(u_hat.shape[:-1], 1 / j)
+    b, c = jnp.zeros((*lead, j, i)), jnp.full((*lead, j, i), 1 / (j + leak))
     for iteration in range(routings):
         last = iteration == routings - 1
-        u, bias = inputs if last or not stop_gradient else lax.stop_gradient(inputs)
-        if iteration == 0:  # softmax(0) is 1/J: a plain sum is a third of the work
-            s = jnp.sum(u, -2) / j
+        u_hat, beta = inputs if last or not stop_gradient else lax.stop_gradient(inputs)
+        if iteration == 0:  # the couplings are equal: a plain sum is a third of the work
+            s = u_hat.weighted_sum() / (j + leak)
         else:
-            c = jax.nn.softmax(b, -2)
-            s = jnp.sum(c[..., None] * u, -2)
-        v = squash(s + bias)
+            c = _couple(b, leak)
+            s = u_hat.weighted_sum(c)
+        v = squash(s + beta)
         if not last:
-            b += jnp.sum(u * v[..., None, :], -1)
-    return RoutingState(b, c, v.astype(float_dtype(u_hat)))
+            b += u_hat.agreement(v)
+    return RoutingState(b, c, v.astype(votes.dtype))
+
+
+def _couple(logits: jax.Array, leak: bool) -> jax.Array:
+    couplings = jax.nn.softmax(logits, -2)
+    # e^b / (1 + Σ e^b) = softmax(b) · Σ e^b / (1 + Σ e^b), without overflow.
+    share = jax.nn.sigmoid(jax.nn.logsumexp(logits, -2, keepdims=True)) if leak else 1
+    return couplings * share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +133,10 @@ class Agreement:
 
     Args:
       iterations: of procedure 1, an int of 1 or more.
-      bias: whether the layer owns a bias [j, d] that is added to s in every iteration.
+      bias: whether the layer owns a bias [j, d] that is added to s in every iteration; it begins
+        at 0.1, as in the authors' released code.
       stop_gradient: lets the gradient flow through the last iteration only.
+      leak: as in `capsjax.routing`.
 
     Raises:
       ValueError: if `iterations` is not an int of 1 or more.
@@ -142,16 +157,21 @@ class Agreement:
     iterations: int = 3
     bias: bool = False
     stop_gradient: bool = True
+    leak: bool = False
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
 
-    def bias_shape(self, j: int, i: int, d: int) -> tuple[int, ...] | None:
-        """Returns [j, d] with a bias, None without."""
-        return (j, d) if self.bias else None
+    def initial_bias(self, j: int, i: int, d: int) -> jax.Array | None:
+        """Returns 0.1 [j, d] with a bias, None without."""
+        return jnp.full((j, d), 0.1) if self.bias else None
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d], as `dense_capsules`."""
-        return dense_capsules(
-            u, weight, self.iterations, bias=bias, stop_gradient=self.stop_gradient
+        return routing(
+            DenseVotes(u, weight),
+            self.iterations,
+            bias=bias,
+            leak=self.leak,
+            stop_gradient=self.stop_gradient,
         )

@@ -56,6 +56,20 @@ def _read(value: Any) -> Any:
     return tuple(map(_read, value)) if isinstance(value, list) else value
 
 
+def with_routing(config: Any, name: str) -> Any:
+    """Returns a config with the routing of that name; one that has it already keeps its fields.
+
+    Raises:
+      ValueError: if there is no such routing, or the network takes none.
+    """
+    known = getattr(getattr(config, "routing", None), "name", None)
+    if known is None:
+        raise ValueError(f"--routing {name}: the network {config.name} has no field routing")
+    if name not in ROUTINGS:
+        raise ValueError(f"--routing is one of {', '.join(ROUTINGS)}, got {name!r}")
+    return config if name == known else dataclasses.replace(config, routing=ROUTINGS[name]())
+
+
 def with_iterations(config: Any, iterations: int) -> Any:
     """Returns a config whose routing has another number of iterations.
 

@@ -10,9 +10,17 @@ from typing import Any
 import tyro
 
 from capsjax import weights
+from capsjax.networks._config_json import with_routing
 from capsjax.presets import check
 from capsjax.run.experiment import Experiment
-from capsjax.run.settings import Settings, find_weights, is_run, read_settings, refuse_changes
+from capsjax.run.settings import (
+    Recipe,
+    Settings,
+    find_weights,
+    is_run,
+    read_settings,
+    refuse_changes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Source:
     """The flags that decide where the defaults of all others come from."""
 
     preset: str | None = None
+    routing: str | None = None
     resume: Path | None = None
     weights: tuple[Path, ...] = ()
     testing: bool = False
@@ -65,49 +74,49 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
         if not file.exists():
             raise ValueError(f"--weights {file}: there is no such file or folder")
     if not files:
-        return _preset_defaults(source, experiment, None, None)
+        return _preset_defaults(source, experiment, None)
     if not is_run(files[0]):
-        return _preset_defaults(source, experiment, *_describe(files[0]))
+        return _preset_defaults(source, experiment, _describe(files[0]))
     saved = read_settings(files[0])
     if not source.testing:
-        return _preset_defaults(source, experiment, saved.recipe.preset, saved.recipe.routings)
-    if len(files) > 1:  # the others may have other routings
-        return dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, routings=None))
+        return _preset_defaults(source, experiment, saved.recipe)
+    if len(files) > 1:  # the others may have another routing
+        recipe = dataclasses.replace(saved.recipe, routing=None, routings=None)
+        return dataclasses.replace(saved, recipe=recipe)
     return saved
 
 
-def _preset_defaults(
-    source: Source, experiment: Experiment, preset_of_weights: str | None, routings: int | None
-) -> Settings:
-    """Returns the defaults of the preset that is asked for, or else of the weights' preset."""
+def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None) -> Settings:
+    """Returns the defaults of the preset that is asked for, or else of what the weights tell."""
     names = list(experiment.presets)
     expected = " or ".join(map(repr, names))
     if source.preset is not None:
         check(source.preset in names, "preset", expected, repr(source.preset))
-    known = preset_of_weights if preset_of_weights in names else None
+    known = told.preset if told is not None and told.preset in names else None
     if source.preset and known and source.preset != known:
         raise ValueError(
             f"--preset {source.preset}, but {source.weights[0]} is of --preset {known}"
         )
     settings = experiment.settings(source.preset or known)
-    if len(source.weights) > 1:
-        routings = None  # each has its own
-    elif not source.weights:
-        routings = _iterations(experiment.presets[settings.recipe.preset].network)
-    return dataclasses.replace(
-        settings, recipe=dataclasses.replace(settings.recipe, routings=routings)
-    )
+    routing, routings = None, None  # of several weights each has its own
+    if told is None:
+        network = experiment.presets[settings.recipe.preset].network
+        routings = _iterations(with_routing(network, source.routing) if source.routing else network)
+    elif len(source.weights) == 1:
+        routing, routings = told.routing, told.routings
+    recipe = dataclasses.replace(settings.recipe, routing=routing, routings=routings)
+    return dataclasses.replace(settings, recipe=recipe)
 
 
-def _describe(file: Path) -> tuple[str | None, int | None]:
-    """Returns the preset and the iterations of routing that a weights file tells, if any.
+def _describe(file: Path) -> Recipe:
+    """Returns what a weights file tells of the preset and of the iterations of routing.
 
     A damaged file tells anything; it is refused when it is loaded.
     """
     about = weights.describe(file)
     if about is None:
-        return None, 3
-    return about.notes.get("preset"), _iterations(about.config)
+        return Recipe(preset="")
+    return Recipe(str(about.notes.get("preset")), routings=_iterations(about.config))
 
 
 def _iterations(config: Any) -> int | None:

@@ -15,11 +15,11 @@ from flax import nnx
 
 from capsjax import data, sharding, weights
 from capsjax.networks import Ensemble, Network
-from capsjax.networks._config_json import with_iterations
+from capsjax.networks._config_json import with_iterations, with_routing
 from capsjax.presets import Preset, Training
 from capsjax.run.experiment import Experiment
 from capsjax.run.metrics import list_columns
-from capsjax.run.settings import Images, Settings
+from capsjax.run.settings import Images, Recipe, Settings
 from capsjax.tasks import Task, batch_shape, example_batch
 from capsjax.train import Setup, TrainState, create
 
@@ -172,8 +172,7 @@ def _make_state(
 
         graphdef, state = jax.jit(draw)()  # one compilation instead of one for each kind of array
     else:
-        expected = (image_shape, dataset.num_classes, settings.recipe.routings)
-        members = [_read(file, *expected) for file in files]
+        members = [_read(file, settings.recipe, image_shape, dataset.num_classes) for file in files]
         model = members[0] if len(members) == 1 else Ensemble(members)
         graphdef, state = create(model, optimizer, task, **options)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -185,17 +184,24 @@ def _draw(
     settings: Settings, preset: Preset, image_shape: tuple[int, int, int], num_classes: int
 ) -> Network:
     """Draws a new network for these images."""
-    config, routings = preset.network, settings.recipe.routings
-    if routings is not None:
-        config = with_iterations(config, routings)
+    config, recipe = preset.network, settings.recipe
+    if recipe.routing is not None:
+        config = with_routing(config, recipe.routing)
+    if recipe.routings is not None:
+        config = with_iterations(config, recipe.routings)
     return config.build(image_shape, num_classes, rngs=nnx.Rngs(settings.recipe.seed))
 
 
 def _read(
-    file: Path, image_shape: tuple[int, int, int], num_classes: int, routings: int | None
+    file: Path, recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
 ) -> Network:
-    """Reads the network of a file, if it is one for these images."""
-    model = weights.load(file, image_shape=image_shape, routings=routings)
+    """Reads the network of a file, if it is one for these images and that routing."""
+    model = weights.load(file, image_shape=image_shape, routings=recipe.routings)
+    if recipe.routing is not None and with_routing(model.config, recipe.routing) != model.config:
+        raise ValueError(
+            f"--routing {recipe.routing}: the network of {file} was trained with "
+            f"{model.config.routing.name}"
+        )
     if (model.image_shape, model.num_classes) != (image_shape, num_classes):
         raise ValueError(
             f"the network of {file} takes images {list(model.image_shape)} in {model.num_classes} "

@@ -30,8 +30,10 @@ class Recipe:
 
     preset: str = "seed"
     """seed: the widespread re-implementation. paper: the authors' code. best: warped, averaged."""
+    routing: str | None = None
+    """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = 3
-    """Iterations of routing. None: as the preset's network has it."""
+    """Iterations of routing. None: as the network has it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's computations. Parameters and sums are always float32."""
     seed: int = 0

@@ -128,7 +128,13 @@ def test_each_picture_has_content(plain, name):
 def test_config_json_holds_every_setting_versions_device_revision_and_data(plain, base):
     config = read_json(plain.folder)
     assert config["settings"] == {
-        "recipe": {"preset": "seed", "routings": 3, "precision": "float32", "seed": 0},
+        "recipe": {
+            "preset": "seed",
+            "routing": None,
+            "routings": 3,
+            "precision": "float32",
+            "seed": 0,
+        },
         "training": {
             "epochs": 2,
             "batch_size": 10,

@@ -149,10 +149,11 @@ def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_pat
         np.testing.assert_array_equal(state.average["layer"][kind], average)
 
 
-def test_routings_are_refused_in_words(base, tmp_path):
-    outcome = run_command(BARE, routings=3, save_dir=tmp_path / "run", **base)
+@pytest.mark.parametrize("flags", [{"routings": 3}, {"routing": "uniform"}])
+def test_routing_is_refused_in_words(base, tmp_path, flags):
+    outcome = run_command(BARE, save_dir=tmp_path / "run", **flags, **base)
     assert outcome.status == 2
-    assert "--routings 3: the network bare has no field routing" in outcome.err
+    assert ": the network bare has no field routing" in outcome.err
     assert not (tmp_path / "run").exists()
 
 

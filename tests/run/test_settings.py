@@ -105,6 +105,7 @@ def test_preset_paper_brings_its_own_defaults_and_flags_go_before_them():
     [
         ("weights", (Path(__file__), Path("/"))),  # any that exist
         ("preset", "paper"),
+        ("routing", "uniform"),
         ("routings", 1),
         ("epochs", 7),
         ("batch_size", 25),

@@ -75,7 +75,7 @@ class MeanRouting:
 
     name = "mean"
 
-    def bias_shape(self, j, i, d):
+    def initial_bias(self, j, i, d):
         return None
 
     def __call__(self, u, weight, bias=None):

@@ -1,0 +1,76 @@
+"""Random routing: couplings are drawn once, whatever is seen. Any other routing must beat it."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax._routing._dense_votes import DenseVotes
+from capsjax._routing._votes import Votes, as_bias, as_votes
+from capsjax._vectors import squash
+
+
+def random_routing(
+    key: jax.Array, votes: ArrayLike | Votes, *, bias: ArrayLike | None = None
+) -> jax.Array:
+    """Routes with random couplings, the same for every example.
+
+    b_ji ~ N(0, 1), c = softmax_j(b), v_j = squash(Σ_i c_ji û_ji)
+
+    Args:
+      key: draws the logits b [j, i].
+      votes: û [..., j, i, d], as in `routing`.
+      bias: [j, d], added to the sum.
+
+    Returns:
+      v: output capsules [..., j, d] in the dtype of the votes.
+
+    Raises:
+      ValueError: if a shape does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, capsjax
+      >>> capsjax.random_routing(jax.random.key(0), jnp.ones((128, 10, 1152, 16))).shape
+      (128, 10, 16)
+
+    References:
+      The control of Paik, Kwak, Kim, "Capsule Networks Need an Improved Routing Algorithm", 2019,
+      arXiv:1907.13327; the distribution of b is ours.
+    """
+    votes = as_votes("random_routing", votes)
+    *lead, j, i, d = votes.shape
+    couplings = jax.nn.softmax(jax.random.normal(key, (j, i)), 0)
+    s = votes.weighted_sum(jnp.broadcast_to(couplings, (*lead, j, i)))
+    bias = as_bias("random_routing", bias, "[j, d]", (j, d), len(lead) + 2)
+    return squash(s + bias).astype(votes.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Random routing as a value that a capsule layer takes.
+
+    Args:
+      seed: of the couplings, which training does not change.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, capsjax
+      >>> layer = capsjax.nn.DenseCaps(1152, 8, 10, 16, capsjax.Random(seed=1), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 1152, 8))).shape
+      (2, 10, 16)
+
+    References:
+      As `capsjax.random_routing`.
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def initial_bias(self, j: int, i: int, d: int) -> None:
+        """Returns None: there is no bias."""
+
+    def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
+        """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""
+        return random_routing(jax.random.key(self.seed), DenseVotes(u, weight), bias=bias)

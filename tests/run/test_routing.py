@@ -1,0 +1,66 @@
+"""--routing: the network's routing is chosen by its name."""
+
+import pytest
+
+from capsjax import SelfAttention, Uniform, weights
+from hooks import after_step, kill
+from tiny_run import STEPS, have_same_bits, read_arrays, read_json, run_command
+
+
+def test_the_routing_that_is_asked_for_is_trained_and_tested(trained, base, tmp_path):
+    run = trained(routing="uniform")
+    config = read_json(run.folder)
+    assert config["network"]["routing"] == {"name": "uniform"}
+    assert config["settings"]["recipe"]["routing"] == "uniform"
+    assert config["settings"]["recipe"]["routings"] is None
+    assert weights.load(run.folder / "weights.safetensors").config.routing == Uniform()
+    for source in (run.folder, run.folder / "weights.safetensors"):
+        flags = {"data_dir": base["data_dir"]} if source.is_file() else {}
+        tested = run_command(testing=True, weights=source, save_dir=tmp_path, **flags)
+        assert tested.out.splitlines()[-1] == run.out.splitlines()[-1]
+
+
+def test_a_run_with_another_routing_goes_on_and_begins_another(trained, start, tmp_path):
+    with after_step(STEPS + 1, kill), pytest.raises(MemoryError):
+        start(routing="self_attention", checkpoint_steps=1)
+    resumed = run_command(resume=tmp_path / "run")
+    assert resumed.status == 0, resumed.err
+    whole = trained(routing="self_attention", checkpoint_steps=1)
+    assert have_same_bits(read_arrays(resumed.folder), read_arrays(whole.folder))
+    again = start("again", weights=tmp_path / "run", epochs=1)
+    assert again.drawn[0].config.routing == SelfAttention()
+
+
+def test_the_routing_that_a_preset_has_keeps_its_options(start):
+    named = start(routing="agreement", preset="paper", epochs=1)
+    assert named.drawn[0].config.routing.bias
+    assert not named.drawn[0].config.routing.stop_gradient
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            {"routing": "best"},
+            "--routing is one of agreement, uniform, random, self_attention, got",
+        ),
+        (
+            {"routing": "uniform", "routings": 3},
+            "--routings 3: the routing uniform has no field it",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(start, flags, words):
+    refused = start(**flags)
+    assert refused.status == 2
+    assert words in refused.err
+    assert not refused.folder.exists()
+
+
+def test_a_file_of_another_routing_is_refused_in_words(plain, start):
+    refused = start(
+        weights=plain.folder / "weights.safetensors", routing="uniform", routings="None"
+    )
+    assert refused.status == 2
+    assert "--routing uniform: the network of" in refused.err
+    assert "was trained with agreement" in refused.err
