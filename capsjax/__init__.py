@@ -30,7 +30,15 @@ from capsjax._routing import (
     variational_routing,
 )
 from capsjax._vectors import length, squash, squash_exp
-from capsjax.networks import NETWORKS, CapsNet, Network, Output, Prediction, predict
+from capsjax.networks import (
+    NETWORKS,
+    CapsNet,
+    EfficientCapsNet,
+    Network,
+    Output,
+    Prediction,
+    predict,
+)
 
 __version__ = "0.1.0"
 
@@ -42,6 +50,7 @@ __all__ = [
     "Capsules",
     "DenseVotes",
     "EMState",
+    "EfficientCapsNet",
     "Network",
     "Output",
     "Prediction",

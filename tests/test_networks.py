@@ -53,6 +53,13 @@ class OwnNetwork(capsjax.Network):
 
 SMALL = {  # sizes that train in a moment; a network that is not named here has its own defaults
     "capsnet": {"channels": 4, "kernel_size": 2, "types": 2, "hidden": (8,)},
+    "efficient": {
+        "channels": (4, 8),
+        "kernel_sizes": (3, 2),
+        "strides": (1, 2),
+        "dim_primary": 4,
+        "hidden": (8,),
+    },
 }
 
 

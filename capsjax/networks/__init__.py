@@ -9,15 +9,20 @@ from capsjax.networks._network import (
     predict,
 )
 from capsjax.networks.capsnet import CapsNet, CapsNetConfig
+from capsjax.networks.efficient import EfficientCapsNet, EfficientCapsNetConfig
 
 # By the name that a saved network stores. A network of your own joins with
 # `capsjax.NETWORKS[MyConfig.name] = MyConfig`.
-NETWORKS: dict[str, type[NetworkConfig]] = {kind.name: kind for kind in (CapsNetConfig,)}
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    kind.name: kind for kind in (CapsNetConfig, EfficientCapsNetConfig)
+}
 
 __all__ = [
     "NETWORKS",
     "CapsNet",
     "CapsNetConfig",
+    "EfficientCapsNet",
+    "EfficientCapsNetConfig",
     "Ensemble",
     "Network",
     "NetworkConfig",

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from capsjax._decoder import mask
 from capsjax._labels import pick_highest
 from capsjax._pixels import to_unit_interval
+from capsjax.nn import Decoder
 
 
 class Output(NamedTuple):
@@ -81,6 +83,17 @@ class Network(nnx.Module):
                 f"{type(self).__name__}: expected images "
                 f"[..., {', '.join(map(str, self.image_shape))}], got {list(images.shape)}"
             )
+
+
+class DrawingNetwork(Network):
+    """A network whose attribute `decoder` draws images from its class capsules."""
+
+    decoder: Decoder
+
+    def decode(self, capsules: jax.Array, labels: ArrayLike | None = None) -> jax.Array:
+        """Draws images [..., H, W, C] from class capsules [..., j, d], as `__call__` does."""
+        pixels = self.decoder(mask(capsules, labels))
+        return pixels.reshape(*pixels.shape[:-1], *self.image_shape)
 
 
 class Prediction(NamedTuple):

@@ -5,18 +5,16 @@ import itertools
 import math
 from typing import Any, ClassVar, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
-from capsjax._decoder import mask
 from capsjax._primary import Grouping
 from capsjax._relu import relu
 from capsjax._routing import Agreement, Routing
 from capsjax._vectors import length
-from capsjax.networks._network import Network, Output
+from capsjax.networks._network import DrawingNetwork, Output
 from capsjax.nn import (
     Affine,
     Conv,
@@ -81,7 +79,7 @@ class CapsNetConfig:
         return CapsNet(image_shape, num_classes, config=self, rngs=rngs)
 
 
-class CapsNet(Network):
+class CapsNet(DrawingNetwork):
     """CapsNet: convolution → primary capsules → class capsules → decoder.
 
     |v| scores the classes; the decoder draws the image from the capsule of the label.
@@ -169,11 +167,6 @@ class CapsNet(Network):
         self.check_images(images)
         capsules = self.class_caps(self.primary(relu(self.conv1(images))))
         return Output(length(capsules), capsules, self.decode(capsules, labels))
-
-    def decode(self, capsules: jax.Array, labels: ArrayLike | None = None) -> jax.Array:
-        """Draws images [..., H, W, C] from class capsules [..., j, d], as `__call__` does."""
-        pixels = self.decoder(mask(capsules, labels))
-        return pixels.reshape(*pixels.shape[:-1], *self.image_shape)
 
 
 def _grid_shape(

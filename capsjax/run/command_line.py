@@ -28,6 +28,7 @@ class Source:
     """The flags that decide where the defaults of all others come from."""
 
     preset: str | None = None
+    network: str | None = None
     routing: str | None = None
     resume: Path | None = None
     weights: tuple[Path, ...] = ()
@@ -88,16 +89,12 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
 
 def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None) -> Settings:
     """Returns the defaults of the preset that is asked for, or else of what the weights tell."""
-    names = list(experiment.presets)
-    expected = " or ".join(map(repr, names))
-    if source.preset is not None:
-        check(source.preset in names, "preset", expected, repr(source.preset))
-    known = told.preset if told is not None and told.preset in names else None
+    known = told.preset if told is not None and told.preset in experiment.presets else None
     if source.preset and known and source.preset != known:
         raise ValueError(
             f"--preset {source.preset}, but {source.weights[0]} is of --preset {known}"
         )
-    settings = experiment.settings(source.preset or known)
+    settings = experiment.settings(_choose_preset(source, experiment, known))
     routing, routings = None, None  # of several weights each has its own
     if told is None:
         network = experiment.presets[settings.recipe.preset].network
@@ -106,6 +103,27 @@ def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None
         routing, routings = told.routing, told.routings
     recipe = dataclasses.replace(settings.recipe, routing=routing, routings=routings)
     return dataclasses.replace(settings, recipe=recipe)
+
+
+def _choose_preset(source: Source, experiment: Experiment, known: str | None) -> str | None:
+    """Returns the preset that is asked for, by name or by its network; None: the default."""
+    networks = {name: preset.network.name for name, preset in experiment.presets.items()}
+    preset = source.preset or known
+    if preset is not None:
+        expected = " or ".join(map(repr, networks))
+        check(preset in networks, "preset", expected, repr(preset))
+    if source.network is None:
+        return preset
+    expected = " or ".join(map(repr, dict.fromkeys(networks.values())))
+    check(source.network in networks.values(), "network", expected, repr(source.network))
+    if preset is None:
+        return next(name for name, network in networks.items() if network == source.network)
+    if networks[preset] != source.network:
+        raise ValueError(
+            f"--network {source.network}, but the network of --preset {preset} is "
+            f"{networks[preset]}"
+        )
+    return preset
 
 
 def _describe(file: Path) -> Recipe:

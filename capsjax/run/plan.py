@@ -185,6 +185,11 @@ def _draw(
 ) -> Network:
     """Draws a new network for these images."""
     config, recipe = preset.network, settings.recipe
+    if recipe.network not in (None, config.name):
+        raise ValueError(
+            f"--network {recipe.network}, but the network of --preset {recipe.preset} is "
+            f"{config.name}"
+        )
     if recipe.routing is not None:
         config = with_routing(config, recipe.routing)
     if recipe.routings is not None:
@@ -197,6 +202,10 @@ def _read(
 ) -> Network:
     """Reads the network of a file, if it is one for these images and that routing."""
     model = weights.load(file, image_shape=image_shape, routings=recipe.routings)
+    if recipe.network not in (None, model.config.name):
+        raise ValueError(
+            f"--network {recipe.network}: the network of {file} is {model.config.name}"
+        )
     if recipe.routing is not None and with_routing(model.config, recipe.routing) != model.config:
         raise ValueError(
             f"--routing {recipe.routing}: the network of {file} was trained with "

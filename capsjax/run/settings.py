@@ -30,6 +30,8 @@ class Recipe:
 
     preset: str = "seed"
     """seed: the widespread re-implementation. paper: the authors' code. best: warped, averaged."""
+    network: str | None = None
+    """capsnet or efficient: the first preset with that network. None: the preset's."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = 3
@@ -168,7 +170,8 @@ class Settings:
 # The groups that a run's folder keeps. It does not keep how many processes there are, because a
 # run may continue with another number, nor where it lies, because it may be moved.
 SAVED_GROUPS = {"recipe": Recipe, "training": Training, "images": Images, "run": Run}
-_NOT_SAVED = ("save_dir", "resume", "testing")
+# The preset, and config.json beside the settings, tell the network.
+_NOT_SAVED = ("save_dir", "resume", "testing", "network")
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""--routing: the network's routing is chosen by its name."""
+"""--routing and --network: both are chosen by their names."""
 
 import pytest
 
+import capsjax
 from capsjax import SelfAttention, Uniform, weights
 from hooks import after_step, kill
 from tiny_run import STEPS, have_same_bits, read_arrays, read_json, run_command
@@ -37,9 +38,32 @@ def test_the_routing_that_a_preset_has_keeps_its_options(start):
     assert not named.drawn[0].config.routing.stop_gradient
 
 
+def test_a_network_brings_its_preset_and_does_all_that_the_others_do(trained, base, tmp_path):
+    run = trained(network="efficient")
+    config = read_json(run.folder)
+    assert config["network"]["name"] == config["settings"]["recipe"]["preset"] == "efficient"
+    assert config["settings"]["training"]["average"] == 0.999
+    for source in (run.folder, run.folder / "weights.safetensors"):
+        flags = {"data_dir": base["data_dir"]} if source.is_file() else {}
+        save_dir = tmp_path / source.stem
+        tested = run_command(testing=True, weights=source, save_dir=save_dir, **flags)
+        assert tested.out.splitlines()[-1] == run.out.splitlines()[-1]
+    flags = {"save_dir": tmp_path / "run", "checkpoint_steps": 1}
+    with after_step(STEPS + 1, kill), pytest.raises(MemoryError):
+        run_command(preset="efficient", **base, **flags)
+    resumed = run_command(resume=tmp_path / "run", pictures=True)
+    assert resumed.out.splitlines()[-1] == run.out.splitlines()[-1]
+    assert have_same_bits(read_arrays(resumed.folder), read_arrays(run.folder))
+    assert (resumed.folder / "reconstructions.png").is_file()
+    loaded = weights.load(resumed.folder / "weights.safetensors")
+    assert isinstance(loaded, capsjax.EfficientCapsNet)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"network": "best"}, "--network must be 'capsnet' or 'efficient', got 'best'"),
+        ({"network": "efficient", "preset": "best"}, "--network efficient, but the network of --p"),
         (
             {"routing": "best"},
             "--routing is one of agreement, uniform, random, self_attention, got",
@@ -55,6 +79,12 @@ def test_what_makes_no_sense_is_refused_in_words(start, flags, words):
     assert refused.status == 2
     assert words in refused.err
     assert not refused.folder.exists()
+
+
+def test_a_file_of_another_network_is_refused_in_words(plain, start):
+    refused = start(weights=plain.folder / "weights.safetensors", network="efficient")
+    assert refused.status == 2
+    assert "--network efficient, but the network of --preset seed is capsnet" in refused.err
 
 
 def test_a_file_of_another_routing_is_refused_in_words(plain, start):
