@@ -1,6 +1,7 @@
-"""CapsNet on MNIST, or on any other images: train it, test it, draw what it learnt.
+"""Capsule networks on MNIST, or on any other images: train one, test it, draw what it learnt.
 
 python experiments/mnist.py --routings 3
+python experiments/mnist.py --network efficient
 python experiments/mnist.py --resume runs/mnist-20260101-120000
 python experiments/mnist.py --testing --weights runs/mnist-20260101-120000
 python experiments/mnist.py --dataset flowers --data-dir my_images --validation 50
@@ -14,15 +15,16 @@ JAX 0.12, float32) and ends with a test error of 1.25 %. The paper reports 0.25 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.
 """
 
-from capsjax.presets import BEST, PAPER, SEED
+from capsjax.presets import BEST, EFFICIENT, PAPER, SEED
 from capsjax.run import Experiment, main
 
 MNIST = Experiment(
-    description="Train CapsNet on images, test it, and draw what it learnt.",
+    description="Train a capsule network on images, test it, and draw what it learnt.",
     presets={
         "seed": SEED,  # the widespread re-implementation; the default
         "paper": PAPER,  # the authors' released code
         "best": BEST,  # seed with warped images and averaged weights
+        "efficient": EFFICIENT,  # Efficient-CapsNet, trained as best trains CapsNet
     },
     dataset="mnist",
 )

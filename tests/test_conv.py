@@ -14,6 +14,7 @@ from capsjax._conv import _patches, conv
 from capsjax._conv._matrices import POINTS, build_matrices
 from capsjax._conv._tiling import plan_axes
 from convolutions import (
+    NATIVE,
     PATCHES,
     TOLERANCE,
     TOOM_COOK,
@@ -42,11 +43,11 @@ def test_toom_cook_gives_the_convolution_and_its_gradients(case, dtype):
     assert_close(actual, definition(strides, *arrays), TOLERANCE[dtype.__name__])
 
 
-@pytest.mark.parametrize("case", PATCHES)
-def test_patches_times_kernel_give_the_convolution_and_its_gradients(case, dtype):
-    image, kernel, strides = PATCHES[case]
+@pytest.mark.parametrize("case", [*PATCHES, *NATIVE])
+def test_other_algorithms_give_the_convolution_and_its_gradients(case, dtype):
+    image, kernel, strides = (PATCHES | NATIVE)[case]
     assert plan(image, kernel, strides, dtype.__name__) is None
-    arrays = sample(*PATCHES[case], dtype)
+    arrays = sample(image, kernel, strides, dtype)
     actual = value_and_gradients(strides, *arrays)
     assert all(a.dtype == dtype for a in actual)
     # Only sums in float32 lose digits, and in bfloat16 the rounding of the result.
@@ -130,6 +131,14 @@ def test_tiny_images_and_gradients_lose_no_digits(dtype):
 
 def test_capsnets_first_convolution_uses_patches_times_kernel():
     assert plan((28, 28, 1), (9, 9, 1, 256), (1, 1)) is None
+
+
+@pytest.mark.parametrize("case", [*TOOM_COOK, *PATCHES, *NATIVE])
+def test_a_cpu_gets_the_platforms_own_convolution_only_where_that_is_as_good(case):
+    image, kernel, strides = (TOOM_COOK | PATCHES | NATIVE)[case]
+    arrays = sample(image, kernel, strides)
+    text = value_and_gradients.lower(strides, *arrays).as_text()
+    assert ("stablehlo.convolution" in text) == (case in NATIVE)
 
 
 def test_a_kernel_of_more_than_30_taps_uses_patches_times_kernel():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def _convolve(strides, x: Array, w: Array, b: Array) -> Array:
         x,
         w,
         b,
-        cpu=functools.partial(_convolve_by_matmul, strides),
+        cpu=functools.partial(_convolve_on_cpu, strides),
         default=functools.partial(_convolve_natively, strides),
     )
 
@@ -103,7 +104,7 @@ def _convolve_bwd(strides, residuals, dy):
     return lax.platform_dependent(
         *residuals,
         dy,
-        cpu=functools.partial(_compute_gradients_by_matmul, strides),
+        cpu=functools.partial(_compute_gradients_on_cpu, strides),
         tpu=functools.partial(_compute_gradients_natively, _native.differentiate, strides),
         default=functools.partial(_compute_gradients_natively, _native.compute_gradients, strides),
     )
@@ -122,13 +123,13 @@ def _compute_gradients_natively(gradients, strides, x, w, _, dy):
     return dx, dw, jnp.sum(dy, (0, 1, 2))
 
 
-def _convolve_by_matmul(strides, x, w, b):
+def _convolve_on_cpu(strides, x, w, b):
     plan = plan_axes(x.shape[1:3], w.shape, strides, x.dtype.name)
-    y = _toom_cook.convolve(plan, x, w) if plan else _patches.convolve(strides, x, w)
+    y = _toom_cook.convolve(plan, x, w) if plan else _choose_direct(w).convolve(strides, x, w)
     return (y + jnp.broadcast_to(b, y.shape)).astype(x.dtype)
 
 
-def _compute_gradients_by_matmul(strides, x, w, _, dy):
+def _compute_gradients_on_cpu(strides, x, w, _, dy):
     # A matrix product, since XLA's sum of bfloat16 over leading axes takes ten times as long.
     flat = dy.reshape(-1, dy.shape[3])
     db = contract(jnp.ones(flat.shape[0], dy.dtype), flat, ((0,), (0,)))
@@ -136,5 +137,11 @@ def _compute_gradients_by_matmul(strides, x, w, _, dy):
     if plan:
         dx, dw = _toom_cook.compute_gradients(plan, x, w, dy)
     else:
-        dx, dw = _patches.compute_gradients(strides, x, w, dy)
+        dx, dw = _choose_direct(w).compute_gradients(strides, x, w, dy)
     return dx, dw, db.astype(dy.dtype)
+
+
+def _choose_direct(w: Array) -> Any:
+    """Returns patches times kernel where patches are small, else the library's own convolution."""
+    rows, columns, channels, _ = w.shape
+    return _patches if channels < 16 or rows == columns == 1 else _native

@@ -22,7 +22,7 @@ class AxisPlan(NamedTuple):
 def plan_axes(
     image: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], dtype: str
 ) -> tuple[AxisPlan, AxisPlan] | None:
-    """Plans rows and columns; returns None where patches times kernel are faster."""
+    """Plans rows and columns; returns None where other algorithms are faster."""
     taps = max(-(-n // s) for n, s in zip(kernel[:2], strides, strict=True))
     if dtype not in POINTS or taps > MAX_TAPS:
         return None
@@ -30,9 +30,10 @@ def plan_axes(
     rows, columns = (_plan_axis(*size, *POINTS[dtype]) for size in sizes)
     products = math.prod(axis.stride * axis.tiles * len(axis.B) for axis in (rows, columns))
     direct = rows.outputs * columns.outputs * kernel[0] * kernel[1]
-    # The transforms cost time too, which pays only where many channels share it.
+    # The transforms cost time too, which pays only where they save much and many channels share it:
+    # kernels of 5×5 and larger at stride 1, of 9×9 and larger at stride 2.
     channels = min(rows.stride * columns.stride * kernel[2], kernel[3])
-    return (rows, columns) if 2 * products <= direct and channels >= 64 else None
+    return (rows, columns) if 5 * products <= direct and channels >= 16 else None
 
 
 def _plan_axis(size: int, taps: int, stride: int, real: tuple[float, ...], pairs: int) -> AxisPlan:
