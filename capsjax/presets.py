@@ -133,6 +133,8 @@ PAPER = Preset(
 
 # As `seed`, but for what paid on held-out images: warped digits, averaged weights (Polyak and
 # Juditsky, 1992), and a rate that falls to 0 (Loshchilov and Hutter, 2017, arXiv:1608.03983).
+# Without the elastic distortions (Simard, Steinkraus, Platt, 2003) the network learns its training
+# digits by heart in 30 epochs: their error ends at 0.1 % instead of 0.8 %.
 BEST = Preset(
     network=CapsNetConfig(),
     training=Training(
@@ -142,6 +144,7 @@ BEST = Preset(
         rotation=7,
         shear=5,
         zoom=0.1,
+        elastic=1,
         average=0.999,
     ),
     lr_total_decay=None,

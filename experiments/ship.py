@@ -28,7 +28,7 @@ float16; the run that made them ended with {last:.2f} % in {precision}.
 
 **Data.** {trained_on:,} training digits of MNIST. Nothing was chosen by test digits.
 
-**Recipe.** Commit {commit}:
+**Recipe.** The code of commit {commit}, by what is now the command:
 
 ```
 {command}

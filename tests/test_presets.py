@@ -67,7 +67,8 @@ def test_best_trains_the_seeds_network_on_warped_images_and_averages_its_weights
     training = BEST.training
     assert BEST.network == SEED.network
     assert (training.rotation, training.shear, training.zoom) == (7, 5, 0.1)
-    assert (training.shift_pixels, training.average, training.batch_size) == (2, 0.999, 128)
+    assert (training.shift_pixels, training.elastic) == (2, 1)
+    assert (training.average, training.batch_size) == (0.999, 128)
 
 
 @pytest.mark.parametrize("epochs", [1, 20])
