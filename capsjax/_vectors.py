@@ -127,8 +127,7 @@ def squash_exp(s: ArrayLike, axis: int = -1) -> jax.Array:
       0.9933
 
     References:
-      Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet", 2021, arXiv:2101.12491, eq. 1; the number
-      of the equation is recalled.
+      Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet", 2021, arXiv:2101.12491.
     """
     s = jnp.asarray(s)
     _check_axis("squash_exp", s, axis)

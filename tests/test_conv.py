@@ -141,7 +141,7 @@ def test_a_cpu_gets_the_platforms_own_convolution_only_where_that_is_as_good(cas
     assert ("stablehlo.convolution" in text) == (case in NATIVE)
 
 
-def test_a_kernel_of_more_than_30_taps_uses_patches_times_kernel():
+def test_toom_cook_takes_kernels_of_up_to_30_taps():
     assert plan((36, 8, 64), (30, 3, 64, 64), (1, 1)) is not None
     assert plan((36, 8, 64), (31, 3, 64, 64), (1, 1)) is None
 

@@ -158,13 +158,13 @@ def test_random_couplings_are_those_of_the_key_and_the_same_for_all_examples(rng
 
 
 @pytest.mark.parametrize("inputs", [1, N])
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
-def test_gradients_are_finite_at_zero_at_equal_votes_and_at_one_input(name, inputs, value, dtype):
+def test_gradients_are_finite_at_zero_at_equal_votes_and_at_one_input(name, inputs, dtype):
     routing, _, _ = FAMILY[name]
-    u_hat = jnp.full((J, inputs, D), value, dtype)
-    v, gradient = jax.jit(jax.value_and_grad(lambda u_hat: routing(u_hat).sum()))(u_hat)
-    assert np.isfinite(float64(v))
-    assert np.isfinite(float64(gradient)).all()
+    differentiate = jax.jit(jax.value_and_grad(lambda u_hat: routing(u_hat).sum()))
+    for value in (0.0, 1.0, 1e4):
+        v, gradient = differentiate(jnp.full((J, inputs, D), value, dtype))
+        assert np.isfinite(float64(v))
+        assert np.isfinite(float64(gradient)).all()
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -142,6 +142,6 @@ def _compute_gradients_on_cpu(strides, x, w, _, dy):
 
 
 def _choose_direct(w: Array) -> Any:
-    """Returns patches times kernel where patches are small, else the library's own convolution."""
+    """Chooses patches times kernel for few channels or a 1×1 kernel, else the library's own."""
     rows, columns, channels, _ = w.shape
     return _patches if channels < 16 or rows == columns == 1 else _native

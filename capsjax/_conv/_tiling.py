@@ -30,8 +30,8 @@ def plan_axes(
     rows, columns = (_plan_axis(*size, *POINTS[dtype]) for size in sizes)
     products = math.prod(axis.stride * axis.tiles * len(axis.B) for axis in (rows, columns))
     direct = rows.outputs * columns.outputs * kernel[0] * kernel[1]
-    # The transforms cost time too, which pays only where they save much and many channels share it:
-    # kernels of 5×5 and larger at stride 1, of 9×9 and larger at stride 2.
+    # The transforms cost time too, which pays only where they save four products of five and many
+    # channels share it: for most kernels of 5×5 at stride 1, and of 9×9 at stride 2.
     channels = min(rows.stride * columns.stride * kernel[2], kernel[3])
     return (rows, columns) if 5 * products <= direct and channels >= 16 else None
 

@@ -164,7 +164,7 @@ class Agreement:
 
     def initial_bias(self, j: int, i: int, d: int) -> jax.Array | None:
         """Returns 0.1 [j, d] with a bias, None without."""
-        return jnp.full((j, d), 0.1) if self.bias else None
+        return jnp.full((j, d), 0.1, jnp.float32) if self.bias else None
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d], as `dense_capsules`."""

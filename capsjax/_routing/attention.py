@@ -24,7 +24,8 @@ def attention_routing(
     LN(s) = scale · (s − mean(s)) / √(var(s) + 1e-5) + offset, over the d numbers. The logits do not
     add up from iteration to iteration, and the gradient flows through all of them. The length of v
     says nothing: a class score is a linear function of v. In a deep network this is the sequential
-    form, in which each layer ends its iterations before the next begins.
+    form, in which each layer ends its iterations before the next begins. The authors' dropout is
+    left out.
 
     Args:
       votes: û [..., j, i, d], as in `routing`.

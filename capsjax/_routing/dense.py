@@ -40,4 +40,9 @@ def dense_capsules(
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, eq. 2 and procedure 1.
     """
+    if not callable(routing):
+        raise ValueError(
+            "dense_capsules: routing is a function of votes; its options have names, such as "
+            f"routings=3; got {routing!r}"
+        )
     return routing(DenseVotes(u, weight), **options)

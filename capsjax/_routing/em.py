@@ -82,7 +82,7 @@ def em_routing(
     fit = partial(_fit, min_variance=min_variance, mass=mass)
 
     def maximise(shares: jax.Array, step: int) -> tuple[EMState, jax.Array]:
-        """Does an M-step, and returns what is proportional to the next R, as a logarithm."""
+        """Does an M-step, and returns the next log R as well, not yet normalised."""
         means, variances, costs, densities = votes.map_outputs(fit, shares * a[None], beta_u)
         scale = jnp.asarray(inverse_temperature) * (1 - 0.95**step)
         logits = scale * (beta_a.reshape(j, *(1 for _ in lead)) - costs)

@@ -66,7 +66,7 @@ class SelfAttention:
 
     def initial_bias(self, j: int, i: int, d: int) -> jax.Array:
         """Returns 0 [j, i]."""
-        return jnp.zeros((j, i))
+        return jnp.zeros((j, i), jnp.float32)
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""

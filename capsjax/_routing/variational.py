@@ -46,7 +46,7 @@ def variational_routing(
       votes: V [..., j, i, d], of any float dtype, an array or `DenseVotes`; computed in float32.
       activations: a [..., i] of the input capsules, from 0 to 1.
       routings: the number of updates, a Python int of 1 or more.
-      prior_counts: α₀, as many votes as each output capsule is thought to have had before.
+      prior_counts: α₀, the votes with which each output capsule begins.
       prior_mean_counts: κ₀, the votes that a mean of 0 is worth.
       prior_scale: Ψ₀, the scatter of those votes in each dimension.
 
@@ -74,7 +74,7 @@ def variational_routing(
     fit = partial(_fit, kappa=prior_mean_counts, psi=prior_scale)
 
     def update(shares: jax.Array) -> tuple[VariationalState, jax.Array]:
-        """Updates the mixture, and returns what is proportional to the next R, as a logarithm."""
+        """Updates the mixture, and returns the next log R as well, not yet normalised."""
         means, log_precision, distances = votes.map_outputs(fit, shares * a[None])
         alpha = prior_counts + jnp.sum(shares * a[None], -1)
         log_pi = digamma(alpha) - digamma(jnp.sum(alpha, 0, keepdims=True))

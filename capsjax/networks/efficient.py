@@ -59,8 +59,9 @@ class EfficientCapsNetConfig:
                 "EfficientCapsNet: channels, kernel_sizes and strides are one for each "
                 f"convolution, got {self.channels}, {self.kernel_sizes} and {self.strides}"
             )
-        sizes = (*self.channels, *self.kernel_sizes, *self.strides, *self.hidden)
-        if min(*sizes, self.dim_primary, self.dim_class) < 1:
+        capsules = (self.dim_primary, self.dim_class)
+        sizes = (*self.channels, *self.kernel_sizes, *self.strides, *capsules, *self.hidden)
+        if min(sizes) < 1:
             raise ValueError(f"EfficientCapsNet: sizes are 1 or more, got {sizes}")
         if self.channels[-1] % self.dim_primary:
             raise ValueError(
@@ -138,7 +139,7 @@ class EfficientCapsNet(DrawingNetwork):
         glorot = initializers.glorot_uniform(in_axis=-2, out_axis=-1)
         depthwise = glorot(rngs.params(), (*grid, features, 1), jnp.float32)
         self.depthwise = nnx.Param(depthwise[..., 0])
-        self.depthwise_bias = nnx.Param(jnp.zeros(features))
+        self.depthwise_bias = nnx.Param(jnp.zeros(features, jnp.float32))
         self.class_caps = DenseCaps(
             features // config.dim_primary,
             config.dim_primary,
@@ -166,7 +167,7 @@ class EfficientCapsNet(DrawingNetwork):
         """Computes the primary capsules [..., i, k] of images [..., H, W, C]."""
         x = images
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(relu(layer(x)))
+            x = norm(relu(layer(x))).astype(images.dtype)  # the statistics are float32
         kernel, bias = self.depthwise[...].astype(x.dtype), self.depthwise_bias[...]
         s = jnp.einsum("...hwc,hwc->...c", x, kernel, preferred_element_type=jnp.float32)
         s = s + jnp.expand_dims(bias, range(s.ndim - 1))

@@ -13,6 +13,7 @@ from capsjax import weights
 from capsjax.networks._config_json import with_routing
 from capsjax.presets import check
 from capsjax.run.experiment import Experiment
+from capsjax.run.folder import read_config
 from capsjax.run.settings import (
     Recipe,
     Settings,
@@ -79,6 +80,8 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     if not is_run(files[0]):
         return _preset_defaults(source, experiment, _describe(files[0]))
     saved = read_settings(files[0])
+    if source.routing is not None:
+        _refuse_another_routing(source.routing, files[0])
     if not source.testing:
         return _preset_defaults(source, experiment, saved.recipe)
     if len(files) > 1:  # the others may have another routing
@@ -103,6 +106,13 @@ def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None
         routing, routings = told.routing, told.routings
     recipe = dataclasses.replace(settings.recipe, routing=routing, routings=routings)
     return dataclasses.replace(settings, recipe=recipe)
+
+
+def _refuse_another_routing(routing: str, run: Path) -> None:
+    """Raises ValueError unless that is the routing of a run's network."""
+    trained = (read_config(run)["network"].get("routing") or {}).get("name")
+    if routing != trained:
+        raise ValueError(f"--routing {routing}: the network of {run} was trained with {trained}")
 
 
 def _choose_preset(source: Source, experiment: Experiment, known: str | None) -> str | None:

@@ -20,6 +20,8 @@ from capsjax.run.settings import Processes
 _HEARTBEAT_TIMEOUT = 30
 # Seconds to wait for process 0, as long as JAX waits for the others.
 _CONNECT_TIMEOUT = 300
+# With which the message of a failed step begins.
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 # Exit statuses that all processes reach after the same step.
 _COLLECTIVE_STATUSES = (130, 143)
 
@@ -142,7 +144,7 @@ def _report(error: BaseException) -> int:
 def _comes_from_a_step(error: BaseException) -> bool:
     # JAX 0.12 raises ValueError where a step is dispatched synchronously; its message begins with
     # the status as a JaxRuntimeError's does: "UNKNOWN: Gloo all-reduce failed".
-    is_status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
+    is_status = isinstance(error, ValueError) and _STATUS.match(str(error)) is not None
     return is_status or isinstance(error, jax.errors.JaxRuntimeError)
 
 

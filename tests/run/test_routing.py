@@ -87,10 +87,11 @@ def test_a_file_of_another_network_is_refused_in_words(plain, start):
     assert "--network efficient, but the network of --preset seed is capsnet" in refused.err
 
 
-def test_a_file_of_another_routing_is_refused_in_words(plain, start):
-    refused = start(
-        weights=plain.folder / "weights.safetensors", routing="uniform", routings="None"
-    )
+@pytest.mark.parametrize("testing", [False, True])
+@pytest.mark.parametrize("source", [".", "weights.safetensors"])
+def test_weights_of_another_routing_are_refused_in_words(plain, start, source, testing):
+    flags = {"routing": "uniform", "routings": "None", "testing": testing}
+    refused = start(weights=plain.folder / source, **flags)
     assert refused.status == 2
     assert "--routing uniform: the network of" in refused.err
     assert "was trained with agreement" in refused.err
