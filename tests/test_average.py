@@ -17,7 +17,7 @@ STEPS = 12
 BATCHES = tiny.draw_batches(STEPS)
 MESH = sharding.make_mesh(tiny.BATCH, 1)
 WHOLE = sharding.replicated(MESH)
-DATA = jax.device_put((IMAGES, LABELS), WHOLE)
+DATA = tiny.place_data(MESH, IMAGES, LABELS)
 COUNTED = np.ones(tiny.BATCH, bool)
 
 

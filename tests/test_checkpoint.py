@@ -10,14 +10,14 @@ import pytest
 import tiny
 from capsjax._trees import fill
 from capsjax.checkpoint import CheckpointError, Checkpoints
-from capsjax.sharding import make_mesh, replicate, replicated
+from capsjax.sharding import make_mesh, replicated
 from small_states import NOTES, holds, list_steps, make_state, read_last, save_all
 
 
 def run(state, batches, devices=1):
     """Trains the tiny network from a state."""
     mesh = make_mesh(tiny.BATCH, devices)
-    data = [replicate(mesh, array) for array in tiny.make_images()]
+    data = tiny.place_data(mesh, *tiny.make_images())
     step, _ = tiny.jit_steps(devices)
     state = jax.device_put(state, replicated(mesh))
     for batch in batches:

@@ -26,7 +26,7 @@ IMAGES, LABELS = tiny.make_images()
 BATCHES = tiny.draw_batches(60)
 MESH = sharding.make_mesh(tiny.BATCH, 1)
 WHOLE = sharding.replicated(MESH)
-DATA = jax.device_put((IMAGES, LABELS), WHOLE)
+DATA = tiny.place_data(MESH, IMAGES, LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_step_uses_up_its_state_and_nothing_else(steps):
     state = first_state()
     next_state, diagnostics = steps[0](state, KEY, *DATA, BATCHES[:1])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in (KEY, *DATA))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((KEY, DATA)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((next_state, diagnostics)))
     steps[1](next_state, *DATA, BATCHES[0], np.ones(tiny.BATCH, bool))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(next_state))

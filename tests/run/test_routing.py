@@ -90,7 +90,7 @@ def test_a_file_of_another_network_is_refused_in_words(plain, start):
 @pytest.mark.parametrize("testing", [False, True])
 @pytest.mark.parametrize("source", [".", "weights.safetensors"])
 def test_weights_of_another_routing_are_refused_in_words(plain, start, source, testing):
-    flags = {"routing": "uniform", "routings": "None", "testing": testing}
+    flags = {"routing": "uniform", "routings": "None"} | ({"testing": True} if testing else {})
     refused = start(weights=plain.folder / source, **flags)
     assert refused.status == 2
     assert "--routing uniform: the network of" in refused.err
