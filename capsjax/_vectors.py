@@ -5,6 +5,8 @@ Both are safe at zero. The derivative of the length, s/|s|, is undefined there, 
 own, and its gradient is 0.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -79,13 +81,7 @@ def squash(s: ArrayLike, axis: int = -1) -> jax.Array:
     References:
       Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829, eq. 1.
     """
-    s = jnp.asarray(s)
-    _check_axis("squash", s, axis)
-    s32 = at_least_float32(s)
-    # Rounding can raise |v| to 1 or above; scaling by 1 − eps keeps it below.
-    below_one = 1 - jnp.finfo(s32.dtype).eps
-    v = s32 * (below_one * _squash_factor(length(s32, axis, keepdims=True)))
-    return v.astype(float_dtype(s))
+    return _shrink("squash", s, axis, _squash_factor)
 
 
 @jax.custom_jvp
@@ -129,12 +125,7 @@ def squash_exp(s: ArrayLike, axis: int = -1) -> jax.Array:
     References:
       Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet", 2021, arXiv:2101.12491.
     """
-    s = jnp.asarray(s)
-    _check_axis("squash_exp", s, axis)
-    s32 = at_least_float32(s)
-    below_one = 1 - jnp.finfo(s32.dtype).eps
-    v = s32 * (below_one * _squash_exp_factor(length(s32, axis, keepdims=True)))
-    return v.astype(float_dtype(s))
+    return _shrink("squash_exp", s, axis, _squash_exp_factor)
 
 
 def _squash_exp_factor(norm: jax.Array) -> jax.Array:
@@ -144,6 +135,17 @@ def _squash_exp_factor(norm: jax.Array) -> jax.Array:
     small, large = jnp.where(short, norm, 0), jnp.where(short, 1, norm)
     series = 1 - small / 2 * (1 - small / 3 * (1 - small / 4 * (1 - small / 5)))
     return jnp.where(short, series, -jnp.expm1(-large) / large)
+
+
+def _shrink(function: str, s: ArrayLike, axis: int, factor: Callable) -> jax.Array:
+    """Scales vectors by a factor of their length, which leaves them shorter than 1."""
+    s = jnp.asarray(s)
+    _check_axis(function, s, axis)
+    s32 = at_least_float32(s)
+    # Rounding can raise |v| to 1 or above; scaling by 1 − eps keeps it below.
+    below_one = 1 - jnp.finfo(s32.dtype).eps
+    v = s32 * (below_one * factor(length(s32, axis, keepdims=True)))
+    return v.astype(float_dtype(s))
 
 
 def _check_axis(function: str, x: jax.Array, axis: int) -> None:

@@ -219,7 +219,7 @@ def test_memory_holds_the_votes_of_one_output_capsule(name):
         ("em_routing", {"activations": (J,)}, r"activations \[\.\.\., i\] = \[5\] for votes"),
         ("em_routing", {"beta_u": (N,)}, r"beta_u \[j\] = \[3\], got \[5\]"),
         ("em_routing", {"beta_a": ()}, r"beta_a \[j\] = \[3\], got \[\]"),
-        ("em_routing", {"routings": 0}, "int of 1 or more, got 0"),
+        ("em_routing", {"routings": 0}, "em_routing: routings is an int of 1 or more, got 0"),
         ("em_routing", {"votes": (N, D)}, r"em_routing: expected votes"),
         ("variational_routing", {"activations": (J,)}, r"\[5\] for votes \[3, 5, 4\], got \[3\]"),
         ("variational_routing", {"routings": 1.5}, r"int of 1 or more, got 1\.5"),

@@ -234,8 +234,12 @@ VALUES = [
 @pytest.mark.parametrize(("value", "routing", "first"), VALUES, ids=lambda v: type(v).__name__)
 def test_a_layer_takes_a_routing_as_a_value_and_begins_with_its_bias(rng, value, routing, first):
     layer: Any = nn.DenseCaps(N, K, J, D, value, rngs=nnx.Rngs(0))
-    u, bias = draw(rng, 2, N, K), None if first is None else layer.bias[...]
-    assert first is None or (bias == np.float32(first)).all()
+    u, bias = draw(rng, 2, N, K), None
+    if first is None:
+        assert layer.bias is None
+    else:
+        assert (layer.bias[...] == np.float32(first)).all()
+        bias = layer.bias[...] = draw(rng, *layer.bias.shape)
     expected = capsjax.dense_capsules(u, layer.weight[...], routing, bias=bias)
     np.testing.assert_allclose(layer(u), expected, rtol=1e-5, atol=1e-7)
 

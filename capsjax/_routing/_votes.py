@@ -162,7 +162,7 @@ def as_activations(function: str, activations: ArrayLike, votes: Votes) -> jax.A
     return at_least_float32(jnp.asarray(activations))
 
 
-def check_iterations(routings: int) -> None:
+def check_iterations(function: str, routings: int) -> None:
     """Raises ValueError unless routings is an int of 1 or more."""
     if not isinstance(routings, int) or isinstance(routings, bool) or routings < 1:
-        raise ValueError(f"routing: routings is an int of 1 or more, got {routings!r}")
+        raise ValueError(f"{function}: routings is an int of 1 or more, got {routings!r}")

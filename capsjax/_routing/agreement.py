@@ -101,7 +101,7 @@ def routing_state(
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, procedure 1.
     """
     votes = as_votes("routing", votes)
-    check_iterations(routings)
+    check_iterations("routing", routings)
     *lead, j, i, d = votes.shape
     inputs = votes, as_bias("routing", bias, "[j, d]", (j, d), len(lead) + 2)
 
@@ -160,7 +160,7 @@ class Agreement:
     leak: bool = False
 
     def __post_init__(self) -> None:
-        check_iterations(self.iterations)
+        check_iterations("routing", self.iterations)
 
     def initial_bias(self, j: int, i: int, d: int) -> jax.Array | None:
         """Returns 0.1 [j, d] with a bias, None without."""

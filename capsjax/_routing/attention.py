@@ -50,7 +50,7 @@ def attention_routing(
       2020, arXiv:2002.04764; apple/ml-capsules-inverted-attention-routing.
     """
     votes = as_votes("attention_routing", votes)
-    check_iterations(routings)
+    check_iterations("attention_routing", routings)
     j, _, d = votes.shape[-3:]
     affine = _as_vector("scale", scale, 1, d), _as_vector("offset", offset, 0, d)
     v = _layer_norm(votes.weighted_sum() / j, *affine)

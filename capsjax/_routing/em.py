@@ -74,7 +74,7 @@ def em_routing(
       arXiv:1907.00652, and IBM/matrix-capsules-with-em-routing.
     """
     votes = as_votes("em_routing", votes)
-    check_iterations(routings)
+    check_iterations("em_routing", routings)
     *lead, j, i, _ = votes.shape
     a = as_activations("em_routing", activations, votes)
     beta_u, beta_a = _as_beta("beta_u", beta_u, j), _as_beta("beta_a", beta_a, j)

@@ -68,7 +68,7 @@ def variational_routing(
       fabio-deep/Variational-Capsule-Routing.
     """
     votes = as_votes("variational_routing", votes)
-    check_iterations(routings)
+    check_iterations("variational_routing", routings)
     *lead, j, i, d = votes.shape
     a = as_activations("variational_routing", activations, votes)
     fit = partial(_fit, kappa=prior_mean_counts, psi=prior_scale)
