@@ -1,6 +1,7 @@
 """The train step and the evaluation step: pure functions, and the jits of both."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -171,14 +173,15 @@ def train_step(
     batch = setup.task.train_batch(jax.random.fold_in(key, state.step), images, labels, indices)
 
     def mean_loss(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:
-        model = _merge(setup.graphdef, _cast(params, setup.dtype), state.statistics)
+        model = _merge(setup.graphdef, params, state.statistics)
         model.train()
         examples, _ = _examples(setup, model, batch, batch.labels, state.step)
         sums = jax.tree.map(jnp.sum, examples)
         return sums.losses["loss"] / batch.images.shape[0], (sums, _split(model)[2])
 
-    gradient, (sums, statistics) = jax.grad(mean_loss, has_aux=True)(state.params)
-    gradient = jax.tree.map(_keep_layout, gradient)
+    params = _cast(state.params, setup.dtype)
+    gradient, (sums, statistics) = jax.grad(mean_loss, has_aux=True)(params)
+    gradient = _cast(jax.tree.map(_settle, gradient), "float32")
     updates, opt_state = setup.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     next_state = TrainState(
@@ -187,7 +190,7 @@ def train_step(
         statistics=statistics,
         average=_average(setup.average, state, params),
         opt_state=opt_state,
-        sums=jax.tree.map(jnp.add, state.sums, sums),
+        sums=_add(state.sums, sums),
     )
     mean = jnp.mean(batch.images)
     return next_state, Diagnostics(state.step + 1, mean, sums, _norms(gradient))
@@ -285,20 +288,39 @@ def _average(decay: float | None, state: TrainState, params: Any) -> Any:
     return jax.tree.map(lambda old, new: delta * old + (1 - delta) * new, state.average, params)
 
 
-def _keep_layout(leaf: jax.Array) -> jax.Array:
-    """Asks for a gradient in the layout of its parameter on a GPU: row by row.
+def _settle(gradient: jax.Array) -> jax.Array:
+    """Has a GPU write a gradient to memory row by row, as its parameter lies there.
 
-    cuDNN returns a kernel's gradient in a layout of its own. Without this, XLA copies both moments
-    to that layout and back, instead of the gradient once.
+    cuDNN returns a kernel's gradient in a layout of its own. XLA would else copy both moments to
+    that layout and back, or read them twice.
     """
-    rows = Layout(tuple(range(leaf.ndim)))
-    constrain = partial(with_layout_constraint, layouts=rows)
-    return lax.platform_dependent(leaf, cuda=constrain, default=lambda leaf: leaf)
+    rows = Layout(tuple(range(gradient.ndim)))
+
+    def write(gradient: jax.Array) -> jax.Array:
+        return lax.optimization_barrier(with_layout_constraint(gradient, rows))
+
+    return lax.platform_dependent(gradient, cuda=write, default=lambda gradient: gradient)
 
 
 def _norms(tree: Any) -> jax.Array:
-    """Returns the L2 norm of each array, in the order of the tree's leaves."""
-    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree)])
+    """Returns the L2 norm of each array, in the order of the tree's leaves.
+
+    A GPU sums the parts of an array while it updates the parameters, then those of all at once.
+    """
+    most = 1024
+
+    def sum_parts(leaf: jax.Array) -> jax.Array:
+        parts = math.gcd(leaf.size, most)
+        sums = jnp.sum(jnp.square(leaf).reshape(parts, -1), -1)
+        return jnp.pad(sums, (0, most - parts))
+
+    return jnp.sqrt(jnp.sum(jnp.stack([sum_parts(leaf) for leaf in jax.tree.leaves(tree)]), -1))
+
+
+def _add(sums: Sums, batch: Sums) -> Sums:
+    """Adds the sums of a batch, packed into one array, so that a GPU adds them in one kernel."""
+    packed, unpack = ravel_pytree(batch)
+    return jax.tree.map(jnp.add, sums, unpack(lax.optimization_barrier(packed)))
 
 
 def _examples(

@@ -132,7 +132,7 @@ def _sum_weighted(couplings: jax.Array, rows: jax.Array, matrices: jax.Array) ->
     """Returns s [b, j, d] for couplings [b, j, i], rows [b, k, i] and matrices [j, d, k, i]."""
 
     def sum_of_class(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k, i] -> s [b, d]
-        weighted = (c[:, None, :] * rows).astype(rows.dtype)
+        weighted = c[:, None, :].astype(rows.dtype) * rows
         return _dot(weighted, w, ((1, 2), (1, 2)))
 
     return _map_classes(rows, matrices)(sum_of_class)(couplings, matrices)
@@ -145,7 +145,7 @@ def _measure_agreement(v: jax.Array, rows: jax.Array, matrices: jax.Array) -> ja
         # [b, k, i], rounded, since an accelerator writes them to memory for all classes.
         values = _dot(v.astype(rows.dtype), w, ((1,), (0,))).astype(rows.dtype)
         # Written out, since XLA's sum over an inner axis takes ten times as long on a CPU.
-        terms = (values[:, n].astype(jnp.float32) * rows[:, n] for n in range(rows.shape[1]))
+        terms = ((values[:, n] * rows[:, n]).astype(jnp.float32) for n in range(rows.shape[1]))
         return functools.reduce(operator.add, terms)
 
     return _map_classes(rows, matrices)(agreement_of_class)(v, matrices)
