@@ -110,6 +110,7 @@ def test_the_votes_of_a_layer_sum_and_multiply_as_those_in_an_array(rng, lead, d
     votes = capsjax.DenseVotes(votes.u.astype(dtype), votes.weight)
     assert votes.dtype == dtype
     u_hat = float64(jax.jit(jnp.asarray)(votes))
+    np.testing.assert_allclose(float64(np.asarray(votes)), u_hat, rtol=1e-6, atol=1e-6)
     assert votes.shape == u_hat.shape == (*lead, J, N, D)
     couplings, v = draw(rng, *lead, J, N), draw(rng, *lead, J, D)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 if dtype == "float32" else 0.1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -28,7 +29,7 @@ class DenseVotes:
     s_jd = Σ_ik (c_ji u_ik) W_jidk,   û_ji · v_j = Σ_k u_ik (Σ_d W_jidk v_jd)
 
     Both sums are matrix products, with k in place of the d numbers that û has for each i and j.
-    `jnp.asarray` makes û.
+    `jnp.asarray` and `np.asarray` make û.
 
     Args:
       u: input capsules [..., i, k], of any float dtype; sums run in float32.
@@ -112,6 +113,9 @@ class DenseVotes:
 
     def __jax_array__(self) -> jax.Array:
         return predictions(self.u, self.weight)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(predictions(self.u, self.weight), dtype)
 
     @property
     def _rows(self) -> jax.Array:
