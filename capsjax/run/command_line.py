@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -15,7 +15,6 @@ from capsjax.presets import check
 from capsjax.run.experiment import Experiment
 from capsjax.run.folder import read_config
 from capsjax.run.settings import (
-    Recipe,
     Settings,
     find_weights,
     is_run,
@@ -66,11 +65,18 @@ def refusals() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+class _Told(NamedTuple):
+    """What weights tell of the network that they are for, and of how it was trained."""
+
+    preset: str | None = None
+    network: str | None = None
+    routing: str | None = None
+    routings: int | None = None
+
+
 def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     if source.resume is not None:
-        saved = read_settings(source.resume)
-        run = dataclasses.replace(saved.run, weights=(), resume=source.resume)
-        return dataclasses.replace(saved, run=run)
+        return _resume_defaults(source, source.resume)
     files = tuple(map(find_weights, source.weights))
     for file in files:
         if not file.exists():
@@ -80,24 +86,47 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     if not is_run(files[0]):
         return _preset_defaults(source, experiment, _describe(files[0]))
     saved = read_settings(files[0])
-    if source.routing is not None:
-        _refuse_another_routing(source.routing, files[0])
+    network = _check_names(source, files[0])
     if not source.testing:
-        return _preset_defaults(source, experiment, saved.recipe)
+        recipe = saved.recipe
+        told = _Told(recipe.preset, network, recipe.routing, recipe.routings)
+        return _preset_defaults(source, experiment, told)
     if len(files) > 1:  # the others may have another routing
         recipe = dataclasses.replace(saved.recipe, routing=None, routings=None)
         return dataclasses.replace(saved, recipe=recipe)
     return saved
 
 
-def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None) -> Settings:
-    """Returns the defaults of the preset that is asked for, or else of what the weights tell."""
-    known = told.preset if told is not None and told.preset in experiment.presets else None
-    if source.preset and known and source.preset != known:
+def _resume_defaults(source: Source, folder: Path) -> Settings:
+    saved = read_settings(folder)
+    _check_names(source, folder)
+    recipe = dataclasses.replace(
+        saved.recipe, network=source.network, routing=source.routing or saved.recipe.routing
+    )
+    run = dataclasses.replace(saved.run, weights=(), resume=folder)
+    return dataclasses.replace(saved, recipe=recipe, run=run)
+
+
+def _check_names(source: Source, run: Path) -> str | None:
+    """Returns the name of a run's network.
+
+    Raises:
+      ValueError: if another network or another routing is asked for.
+    """
+    network = read_config(run)["network"]
+    name, routing = network.get("name"), (network.get("routing") or {}).get("name")
+    if source.network not in (None, name):
+        raise ValueError(f"--network {source.network}: the network of {run} is {name}")
+    if source.routing not in (None, routing):
         raise ValueError(
-            f"--preset {source.preset}, but {source.weights[0]} is of --preset {known}"
+            f"--routing {source.routing}: the network of {run} was trained with {routing}"
         )
-    settings = experiment.settings(_choose_preset(source, experiment, known))
+    return name
+
+
+def _preset_defaults(source: Source, experiment: Experiment, told: _Told | None) -> Settings:
+    """Returns the defaults of the preset that is asked for, or else of what the weights tell."""
+    settings = experiment.settings(_choose_preset(source, experiment, told or _Told()))
     routing, routings = None, None  # of several weights each has its own
     if told is None:
         network = experiment.presets[settings.recipe.preset].network
@@ -108,27 +137,25 @@ def _preset_defaults(source: Source, experiment: Experiment, told: Recipe | None
     return dataclasses.replace(settings, recipe=recipe)
 
 
-def _refuse_another_routing(routing: str, run: Path) -> None:
-    """Raises ValueError unless that is the routing of a run's network."""
-    trained = (read_config(run)["network"].get("routing") or {}).get("name")
-    if routing != trained:
-        raise ValueError(f"--routing {routing}: the network of {run} was trained with {trained}")
-
-
-def _choose_preset(source: Source, experiment: Experiment, known: str | None) -> str | None:
+def _choose_preset(source: Source, experiment: Experiment, told: _Told) -> str | None:
     """Returns the preset that is asked for, by name or by its network; None: the default."""
     networks = {name: preset.network.name for name, preset in experiment.presets.items()}
+    known = told.preset if told.preset in networks else None
+    if source.preset and known and source.preset != known:
+        raise ValueError(
+            f"--preset {source.preset}, but {source.weights[0]} is of --preset {known}"
+        )
     preset = source.preset or known
     if preset is not None:
         expected = " or ".join(map(repr, networks))
         check(preset in networks, "preset", expected, repr(preset))
-    if source.network is None:
-        return preset
-    expected = " or ".join(map(repr, dict.fromkeys(networks.values())))
-    check(source.network in networks.values(), "network", expected, repr(source.network))
+    if source.network is not None:
+        expected = " or ".join(map(repr, dict.fromkeys(networks.values())))
+        check(source.network in networks.values(), "network", expected, repr(source.network))
+    network = source.network or told.network
     if preset is None:
-        return next(name for name, network in networks.items() if network == source.network)
-    if networks[preset] != source.network:
+        return next((name for name in networks if networks[name] == network), None)
+    if source.network not in (None, networks[preset]):
         raise ValueError(
             f"--network {source.network}, but the network of --preset {preset} is "
             f"{networks[preset]}"
@@ -136,15 +163,13 @@ def _choose_preset(source: Source, experiment: Experiment, known: str | None) ->
     return preset
 
 
-def _describe(file: Path) -> Recipe:
-    """Returns what a weights file tells of the preset and of the iterations of routing.
-
-    A damaged file tells anything; it is refused when it is loaded.
-    """
+def _describe(file: Path) -> _Told:
+    """Returns what a weights file tells; a damaged one tells anything, and is refused later."""
     about = weights.describe(file)
     if about is None:
-        return Recipe(preset="")
-    return Recipe(str(about.notes.get("preset")), routings=_iterations(about.config))
+        return _Told()
+    preset = about.notes.get("preset")
+    return _Told(str(preset), about.config.name, None, _iterations(about.config))
 
 
 def _iterations(config: Any) -> int | None:

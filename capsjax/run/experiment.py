@@ -40,5 +40,4 @@ class Experiment:
     def settings(self, preset: str | None = None) -> Settings:
         """Returns the settings of a preset, the default one if none is named."""
         name = preset or next(iter(self.presets))
-        recipe = Recipe(name, routings=None)
-        return Settings(recipe, self.presets[name].training, Images(dataset=self.dataset))
+        return Settings(Recipe(name), self.presets[name].training, Images(dataset=self.dataset))

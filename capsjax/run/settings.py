@@ -34,7 +34,7 @@ class Recipe:
     """capsnet or efficient: chooses the first preset with that network. None: --preset tells it."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
-    routings: int | None = 3
+    routings: int | None = None
     """Iterations of routing. None: as the network has it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's computations. Parameters and sums are always float32."""

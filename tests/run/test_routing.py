@@ -1,11 +1,12 @@
 """--routing and --network: both are chosen by their names."""
 
 import pytest
+from flax import nnx
 
 import capsjax
 from capsjax import SelfAttention, Uniform, weights
 from hooks import after_step, kill
-from tiny_run import STEPS, have_same_bits, read_arrays, read_json, run_command
+from tiny_run import EXPERIMENT, STEPS, have_same_bits, read_arrays, read_json, run_command
 
 
 def test_the_routing_that_is_asked_for_is_trained_and_tested(trained, base, tmp_path):
@@ -24,7 +25,9 @@ def test_the_routing_that_is_asked_for_is_trained_and_tested(trained, base, tmp_
 def test_a_run_with_another_routing_goes_on_and_begins_another(trained, start, tmp_path):
     with after_step(STEPS + 1, kill), pytest.raises(MemoryError):
         start(routing="self_attention", checkpoint_steps=1)
-    resumed = run_command(resume=tmp_path / "run")
+    other = run_command(resume=tmp_path / "run", routing="uniform")
+    assert "was trained with self_attention" in other.err
+    resumed = run_command(resume=tmp_path / "run", routing="self_attention")
     assert resumed.status == 0, resumed.err
     whole = trained(routing="self_attention", checkpoint_steps=1)
     assert have_same_bits(read_arrays(resumed.folder), read_arrays(whole.folder))
@@ -51,7 +54,9 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(trained, ba
     flags = {"save_dir": tmp_path / "run", "checkpoint_steps": 1}
     with after_step(STEPS + 1, kill), pytest.raises(MemoryError):
         run_command(preset="efficient", **base, **flags)
-    resumed = run_command(resume=tmp_path / "run", pictures=True)
+    other = run_command(resume=tmp_path / "run", network="capsnet")
+    assert "is efficient" in other.err
+    resumed = run_command(resume=tmp_path / "run", network="efficient", pictures=True)
     assert resumed.out.splitlines()[-1] == run.out.splitlines()[-1]
     assert have_same_bits(read_arrays(resumed.folder), read_arrays(run.folder))
     assert (resumed.folder / "reconstructions.png").is_file()
@@ -79,6 +84,14 @@ def test_what_makes_no_sense_is_refused_in_words(start, flags, words):
     assert refused.status == 2
     assert words in refused.err
     assert not refused.folder.exists()
+
+
+def test_a_file_without_notes_tells_the_preset_by_its_network(start, tmp_path):
+    config = EXPERIMENT.presets["efficient"].network
+    net = config.build((10, 10, 1), 10, rngs=nnx.Rngs(0))
+    weights.save(net, tmp_path / "net.safetensors")
+    run = start(weights=tmp_path / "net.safetensors", epochs=1)
+    assert read_json(run.folder)["settings"]["recipe"]["preset"] == "efficient"
 
 
 def test_a_file_of_another_network_is_refused_in_words(plain, start):
