@@ -2,7 +2,13 @@
 
 from capsjax import data, networks, nn, presets, tasks, weights
 from capsjax._decoder import decode, mask, perturb
-from capsjax._losses import caps_loss, margin_loss, reconstruction_loss
+from capsjax._losses import (
+    caps_loss,
+    cross_entropy,
+    margin_loss,
+    reconstruction_loss,
+    spread_loss,
+)
 from capsjax._pretrained import pretrained
 from capsjax._primary import primary_capsules
 from capsjax._routing import (
@@ -62,6 +68,7 @@ __all__ = [
     "VariationalState",
     "attention_routing",
     "caps_loss",
+    "cross_entropy",
     "data",
     "decode",
     "dense_capsules",
@@ -83,6 +90,7 @@ __all__ = [
     "routing_state",
     "self_attention_routing",
     "self_routing",
+    "spread_loss",
     "squash",
     "squash_exp",
     "tasks",

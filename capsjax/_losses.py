@@ -1,4 +1,4 @@
-"""Losses: margin, reconstruction, and their weighted sum."""
+"""Losses of class scores, of reconstructions, and their weighted sum."""
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,77 @@ def margin_loss(
     too_short = jnp.square(jnp.maximum(0, m_plus - lengths))
     too_long = jnp.square(jnp.maximum(0, lengths - m_minus))
     return jnp.sum(present * too_short + down_weight * (1 - present) * too_long, -1)
+
+
+def spread_loss(activations: ArrayLike, labels: ArrayLike, margin: ArrayLike) -> jax.Array:
+    """Computes the spread loss: the present class wants to lead each absent one by a margin.
+
+    L = Σ_{j≠t} max(0, m − (a_t − a_j))²
+
+    Of several present classes each wants to lead: the loss is the sum over them,
+    Σ_t T_t Σ_j (1 − T_j) max(0, m − (a_t − a_j))².
+
+    Args:
+      activations: a [..., j], of any float dtype.
+      labels: class numbers t [...], or one-hot or k-hot labels T [..., j].
+      margin: m, a scalar. It is an array, so that a margin that grows with the step compiles once.
+
+    Returns:
+      The loss of each example, [...], float32.
+
+    Raises:
+      ValueError: if `labels` does not fit `activations`, or `margin` is no scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, capsjax
+      >>> a = jnp.array([0.6, 0.5, 0.1])
+      >>> round(float(capsjax.spread_loss(a, 0, 0.2)), 4)     # (0.2 − 0.1)²; 0.6 − 0.1 is enough
+      0.01
+
+    References:
+      Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing", ICLR 2018.
+    """
+    activations, margin = at_least_float32(jnp.asarray(activations)), jnp.asarray(margin)
+    if not activations.ndim or margin.ndim:
+        raise ValueError(
+            "spread_loss: expected activations [..., j] and a scalar margin, got "
+            f"{list(activations.shape)} and {list(margin.shape)}"
+        )
+    present = to_targets(labels, activations.shape)
+    lead = activations[..., :, None] - activations[..., None, :]  # a_t − a_j [..., t, j]
+    pairs = present[..., :, None] * (1 - present[..., None, :])
+    return jnp.sum(pairs * jnp.square(jnp.maximum(0, margin - lead)), (-2, -1))
+
+
+def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Computes the cross-entropy of the softmax of class scores.
+
+    L = −Σ_j T_j / (Σ_j' T_j') log softmax(logits)_j
+
+    Args:
+      logits: [..., j], of any float dtype. Lengths of capsules will do, but as none exceeds 1 they
+        leave a loss of at least log(1 + (j − 1) / e).
+      labels: class numbers [...], or one-hot or k-hot labels T [..., j]; k present classes share
+        the probability, 1/k each. An example of no class costs nothing.
+
+    Returns:
+      The loss of each example, [...], float32.
+
+    Raises:
+      ValueError: if `labels` does not fit `logits`.
+
+    Example:
+      >>> import jax.numpy as jnp, capsjax
+      >>> round(float(capsjax.cross_entropy(jnp.zeros(4), 2)), 4)                  # log 4
+      1.3863
+    """
+    logits = at_least_float32(jnp.asarray(logits))
+    if not logits.ndim:
+        raise ValueError("cross_entropy: expected logits [..., j], got a scalar")
+    present = to_targets(labels, logits.shape)
+    count = jnp.sum(present, -1)
+    surprise = -jnp.sum(present * jax.nn.log_softmax(logits), -1)
+    return surprise / jnp.where(count > 0, count, 1)
 
 
 def reconstruction_loss(reconstruction: ArrayLike, images: ArrayLike) -> jax.Array:

@@ -217,6 +217,25 @@ def margin_loss(lengths, present, m_plus, m_minus, down_weight):
     return loss
 
 
+@np.vectorize(signature="(j),(j),()->()")
+def spread_loss(activations, present, margin):
+    """Sums the spread loss over pairs of a present and an absent class (Hinton et al., 2018)."""
+    loss = 0.0
+    for a_t, t in zip(activations, present, strict=True):
+        for a_j, other in zip(activations, present, strict=True):
+            loss += t * (1 - other) * max(0.0, margin - (a_t - a_j)) ** 2
+    return loss
+
+
+@np.vectorize(signature="(j),(j)->()")
+def cross_entropy(logits, present):
+    """Averages −log softmax over the present classes."""
+    highest = max(logits)
+    log_sum = highest + math.log(sum(math.exp(x - highest) for x in logits))
+    losses = [log_sum - x for x, t in zip(logits, present, strict=True) if t]
+    return sum(losses) / max(1, len(losses))
+
+
 @np.vectorize(signature="(h,w,c),(h,w,c)->()")
 def reconstruction_loss(reconstruction, image):
     """Averages the squared differences of the pixels."""

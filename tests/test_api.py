@@ -37,6 +37,8 @@ FUNCTIONS = {
     "perturb": "(capsules, offsets)",
     "decode": "(params, x)",
     "margin_loss": "(lengths, labels, *, m_plus=0.9, m_minus=0.1, down_weight=0.5)",
+    "spread_loss": "(activations, labels, margin)",
+    "cross_entropy": "(logits, labels)",
     "reconstruction_loss": "(reconstruction, images)",
     "caps_loss": "(y_true, y_pred, x, x_recon, lam_recon)",
     "predict": "(model, images)",

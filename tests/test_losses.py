@@ -1,5 +1,6 @@
-"""The margin loss, the reconstruction loss and their sum."""
+"""The losses of class scores and reconstructions, and the sum of both."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,21 +22,36 @@ def float64(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def test_margin_loss_equals_the_paper_with_labels_in_every_form(rng, lead, dtype, call):
-    lengths = jnp.asarray(rng.uniform(size=(*lead, J)), dtype)
+# Each loss of class scores, and what it is as loops.
+SCORED = {
+    "margin": (
+        capsjax.margin_loss,
+        lambda lengths, present: reference.margin_loss(lengths, present, *PAPER),
+    ),
+    "spread": (
+        lambda activations, labels: capsjax.spread_loss(activations, labels, 0.5),
+        lambda activations, present: reference.spread_loss(activations, present, 0.5),
+    ),
+    "cross_entropy": (capsjax.cross_entropy, reference.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_loss_of_scores_equals_the_papers_with_labels_in_every_form(rng, lead, dtype, call, name):
+    ours, theirs = SCORED[name]
+    scores = jnp.asarray(rng.uniform(size=(*lead, J)), dtype)
     numbers = np.asarray(rng.integers(J, size=lead))
     one_hot = np.eye(J, dtype=np.float32)[numbers]
     k_hot = rng.integers(2, size=(*lead, J))
 
-    def losses(lengths, *labels):
-        return [capsjax.margin_loss(lengths, form) for form in labels]
+    def losses(scores, *labels):
+        return [ours(scores, form) for form in labels]
 
-    results = call(losses, lengths, numbers, one_hot, k_hot, k_hot == 1)
+    results = call(losses, scores, numbers, one_hot, k_hot, k_hot == 1)
     for loss, present in zip(results, (one_hot, one_hot, k_hot, k_hot), strict=True):
         assert_shape(loss, lead)
         assert loss.dtype == jnp.float32  # also of bfloat16
-        expected = reference.margin_loss(float64(lengths), float64(present), *PAPER)
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(loss, theirs(float64(scores), float64(present)), rtol=1e-5)
 
 
 unit = st.floats(0, 1, width=32)
@@ -59,6 +75,40 @@ def test_margin_loss_equals_the_paper_at_any_margins(lengths, present, m_plus, m
 
 def test_a_perfect_answer_costs_nothing():
     assert capsjax.margin_loss(jnp.array([0.95, 0.05, 0.0, 0.1]), 0) == 0
+
+
+def test_a_margin_that_grows_compiles_the_spread_loss_once(rng):
+    activations, labels = jnp.asarray(rng.uniform(size=(3, J)), jnp.float32), np.arange(3)
+    spread_loss = jax.jit(chex.assert_max_traces(capsjax.spread_loss, n=1))
+    for margin in np.linspace(0.2, 0.9, 5, dtype=np.float32):
+        loss = spread_loss(activations, labels, margin)
+        expected = reference.spread_loss(float64(activations), np.eye(J)[labels], margin)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_cross_entropy_and_its_gradient_are_finite_at_extreme_logits():
+    logits = 1e38 * jnp.array([[1.0, -1, 0, 0], [-1, 1, 1, 1], [-1, -1, -1, -1]])
+    loss, gradient = jax.vmap(jax.value_and_grad(capsjax.cross_entropy))(logits, np.zeros(3, int))
+    np.testing.assert_allclose(loss, [0, 2e38, np.log(4)], rtol=1e-5)
+    expected = [[0, 0, 0, 0], [-1, 1 / 3, 1 / 3, 1 / 3], [-3 / 4, 1 / 4, 1 / 4, 1 / 4]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_an_example_of_no_class_costs_no_cross_entropy_and_has_no_gradient():
+    loss, gradient = jax.value_and_grad(capsjax.cross_entropy)(jnp.arange(4.0), np.zeros(4, int))
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["spread", "cross_entropy"])
+def test_the_gradient_of_a_loss_of_scores_passes_check_grads(rng, name):
+    loss, _ = SCORED[name]
+    with jax.enable_x64(True):
+        # Differences are multiples of 0.2, away from the spread loss's kink.
+        scores = jnp.asarray(rng.permutation(2 * J).reshape(2, J) / 5)
+        for labels in ([1, 2], [[0, 1, 0, 1], [1, 0, 0, 0]]):
+            mean = jax.jit(lambda scores, labels=labels: jnp.mean(loss(scores, np.array(labels))))
+            check_grads(mean, (scores,), order=1)
 
 
 def test_reconstruction_loss_equals_the_mean_over_pixels(rng, lead, dtype, call):
@@ -136,6 +186,24 @@ def test_labels_that_do_not_fit_are_an_error_in_words(lengths, labels, message, 
     call = jax.jit(capsjax.margin_loss) if jit else capsjax.margin_loss
     with pytest.raises(ValueError, match=message):
         call(jnp.ones(lengths), labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "message"),
+    [
+        (capsjax.cross_entropy, (), r"logits \[\.\.\., j\], got a scalar"),
+        (lambda a, labels: capsjax.spread_loss(a, labels, 0.5), (), r"got \[\] and \[\]"),
+        (
+            lambda a, labels: capsjax.spread_loss(a, labels, np.ones(2)),
+            (2, J),
+            r"a scalar margin, got \[2, 4\] and \[2\]",
+        ),
+        (capsjax.cross_entropy, (2, J), r"\[2\] or one-hot labels of shape \[2, 4\], got \[\]"),
+    ],
+)
+def test_what_does_not_fit_the_other_losses_is_an_error_in_words(loss, shape, message):
+    with pytest.raises(ValueError, match=message):
+        loss(jnp.ones(shape), 0)
 
 
 @pytest.mark.parametrize("jit", [False, True])
