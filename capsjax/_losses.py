@@ -1,11 +1,15 @@
 """Losses of class scores, of reconstructions, and their weighted sum."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax._labels import to_targets
 from capsjax._vectors import at_least_float32
+
+Loss = Literal["margin", "spread", "cross_entropy"]  # of class scores, by name
 
 
 def margin_loss(
@@ -190,6 +194,6 @@ def caps_loss(
     return add_losses(margin, jnp.mean(reconstruction_loss(x_recon, x)), lam_recon)
 
 
-def add_losses(margin: jax.Array, reconstruction: jax.Array, lam_recon: float) -> jax.Array:
+def add_losses(loss: jax.Array, reconstruction: jax.Array, lam_recon: float) -> jax.Array:
     """Returns the total of the two losses, of each example or of their means."""
-    return margin + lam_recon * reconstruction
+    return loss + lam_recon * reconstruction

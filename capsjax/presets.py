@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import optax
 
+from capsjax._losses import Loss
 from capsjax._routing import Agreement
 from capsjax.networks import CapsNetConfig, EfficientCapsNetConfig, NetworkConfig
 
@@ -15,6 +16,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "batch_size": (lambda value: value >= 1, "1 or more"),
     "lr": (lambda value: 0 < value < math.inf, "a number above 0"),
     "lr_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "margin_steps": (lambda value: value >= 1, "1 or more"),
     "lam_recon": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
     "shift_pixels": (lambda value: 0 <= value < math.inf, "0 or more"),
     "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
@@ -37,6 +39,10 @@ class Training:
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
     """Factor on the learning rate per epoch. None: 0.96^150 in all (paper), cosine to 0 (best)."""
+    loss: Loss = "margin"
+    """Loss of the class scores."""
+    margin_steps: int = 10_000
+    """Steps over which the margin of --loss spread rises from 0.2 to 0.9."""
     lam_recon: float | None = None
     """Weight of the reconstruction loss. None: 0.0005·H·W·C (paper: 0.01·H·W·C)."""
     shift_pixels: float = 2

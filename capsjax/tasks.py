@@ -1,7 +1,7 @@
 """Tasks: how a batch is made from the data set, what it costs, and when an answer is right."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax._labels import to_targets
-from capsjax._losses import add_losses, margin_loss, reconstruction_loss
+from capsjax._losses import (
+    Loss,
+    add_losses,
+    cross_entropy,
+    margin_loss,
+    reconstruction_loss,
+    spread_loss,
+)
 from capsjax._pixels import to_unit_interval
 from capsjax.data import shift, warp
 from capsjax.networks import Network, Output
@@ -56,7 +63,7 @@ class Task(Protocol):
 class Classification:
     """Classifies images, each of one class or of several.
 
-    loss = margin + lam_recon · reconstruction;   of a network without a decoder: loss = margin
+    total = score loss + lam_recon · reconstruction;   without a decoder: total = score loss
 
     Args:
       lam_recon: the weight of the reconstruction loss.
@@ -65,9 +72,15 @@ class Classification:
       shear: the largest shear either way, in degrees.
       zoom: the largest change of scale, along rows and columns by itself; 0.2 for 0.8 to 1.2.
       elastic: the standard deviation of a smooth distortion, in pixels.
+      loss: the score loss: "margin", "spread" or "cross_entropy".
+      margin_steps: the steps over which the spread loss's margin rises linearly from 0.2 to 0.9.
+
+    Raises:
+      ValueError: if there is no such loss, or `margin_steps` is less than 1.
 
     References:
-      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5.
+      Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5. Hinton, Sabour, Frosst, "Matrix
+      Capsules with EM Routing", ICLR 2018: the spread loss and its margin.
     """
 
     lam_recon: float
@@ -76,6 +89,14 @@ class Classification:
     shear: float = 0
     zoom: float = 0
     elastic: float = 0
+    loss: Loss = "margin"
+    margin_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"Classification: loss is one of {get_args(Loss)}, got {self.loss!r}")
+        if self.margin_steps < 1:
+            raise ValueError(f"Classification: margin_steps is 1 or more, got {self.margin_steps}")
 
     def train_batch(
         self, key: jax.Array, images: Images, labels: jax.Array, indices: ArrayLike
@@ -102,13 +123,23 @@ class Classification:
         return model(batch.images, labels)
 
     def losses(self, output: Output, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
-        """Returns the total, margin and reconstruction losses; the last if there is a decoder."""
-        margin = margin_loss(output.scores, batch.labels)
+        """Returns the total, score and reconstruction losses; the last if there is a decoder."""
+        score_loss = self._score_loss(output.scores, batch.labels, step)
         if output.reconstruction is None:
-            return {"loss": margin, "margin": margin}
+            return {"loss": score_loss, self.loss: score_loss}
         reconstruction = reconstruction_loss(output.reconstruction, batch.targets)
-        loss = add_losses(margin, reconstruction, self.lam_recon)
-        return {"loss": loss, "margin": margin, "reconstruction": reconstruction}
+        total = add_losses(score_loss, reconstruction, self.lam_recon)
+        return {"loss": total, self.loss: score_loss, "reconstruction": reconstruction}
+
+    def _score_loss(self, scores: jax.Array, labels: jax.Array, step: jax.Array) -> jax.Array:
+        match self.loss:
+            case "margin":
+                return margin_loss(scores, labels)
+            case "spread":
+                risen = jnp.minimum(step / self.margin_steps, 1)
+                return spread_loss(scores, labels, 0.2 + (0.9 - 0.2) * risen)
+            case "cross_entropy":
+                return cross_entropy(scores, labels)
 
     def correct(self, output: Output, batch: Batch) -> jax.Array:
         """Returns whether the k classes of highest score are the k of the label; k = 1 mostly."""

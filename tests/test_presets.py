@@ -238,6 +238,7 @@ def test_what_is_given_is_not_completed():
         ({"epochs": 0}, "--epochs must be 1 or more, got 0"),
         ({"batch_size": 0}, "--batch-size must be 1 or more, got 0"),
         ({"batch_size": -8}, "--batch-size must be 1 or more, got -8"),
+        ({"margin_steps": 0}, "--margin-steps must be 1 or more, got 0"),
         ({"shift_pixels": -1}, "--shift-pixels must be 0 or more, got -1"),
         *[
             ({"lr": lr}, f"--lr must be a number above 0, got {lr}")

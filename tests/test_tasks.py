@@ -75,23 +75,54 @@ def make_output(rng, *, decoder: bool) -> tuple[Output, Batch]:
     return output, Batch(np.zeros_like(x), LABELS[:3], x)
 
 
-def test_the_losses_are_margin_and_reconstruction_and_their_weighted_sum(rng):
+SCORE_LOSSES = {
+    "margin": lambda scores, present: reference.margin_loss(scores, present, 0.9, 0.1, 0.5),
+    "spread": lambda scores, present: reference.spread_loss(scores, present, 0.2),
+    "cross_entropy": reference.cross_entropy,
+}
+
+
+@pytest.mark.parametrize("name", SCORE_LOSSES)
+def test_the_losses_are_that_of_the_scores_and_reconstruction_and_their_weighted_sum(rng, name):
     output, batch = make_output(rng, decoder=True)
-    losses = Classification(0.392).losses(output, batch, jnp.int32(0))
-    margin = reference.margin_loss(output.scores, np.eye(J)[batch.labels], 0.9, 0.1, 0.5)
+    losses = Classification(0.392, loss=name).losses(output, batch, jnp.int32(0))
+    of_scores = SCORE_LOSSES[name](output.scores, np.eye(J)[batch.labels])
     drawn = reference.reconstruction_loss(output.reconstruction, batch.targets)
-    expected = {"loss": margin + 0.392 * drawn, "margin": margin, "reconstruction": drawn}
-    assert list(losses) == ["loss", "margin", "reconstruction"]
+    expected = {"loss": of_scores + 0.392 * drawn, name: of_scores, "reconstruction": drawn}
+    assert list(losses) == ["loss", name, "reconstruction"]
     chex.assert_trees_all_close(losses, expected, rtol=1e-5)
     chex.assert_type(list(losses.values()), np.float32)
 
 
-def test_without_a_decoder_the_loss_is_the_margin_loss(rng):
+@pytest.mark.parametrize("name", SCORE_LOSSES)
+def test_without_a_decoder_the_loss_is_that_of_the_scores(rng, name):
     output, batch = make_output(rng, decoder=False)
-    losses = Classification(0.392).losses(output, batch, jnp.int32(0))
-    margin = reference.margin_loss(output.scores, np.eye(J)[batch.labels], 0.9, 0.1, 0.5)
-    assert list(losses) == ["loss", "margin"]
-    chex.assert_trees_all_close(losses, {"loss": margin, "margin": margin}, rtol=1e-5)
+    losses = Classification(0.392, loss=name).losses(output, batch, jnp.int32(0))
+    expected = SCORE_LOSSES[name](output.scores, np.eye(J)[batch.labels])
+    assert list(losses) == ["loss", name]
+    chex.assert_trees_all_close(losses, {"loss": expected, name: expected}, rtol=1e-5)
+
+
+def test_the_margin_of_the_spread_loss_rises_linearly_and_compiles_once(rng):
+    output, batch = make_output(rng, decoder=False)
+    task = Classification(0.392, loss="spread", margin_steps=14)
+    losses = jax.jit(chex.assert_max_traces(task.losses, n=1))
+    for step, margin in [(0, 0.2), (1, 0.25), (7, 0.55), (14, 0.9), (15, 0.9), (10**6, 0.9)]:
+        expected = reference.spread_loss(output.scores, np.eye(J)[batch.labels], margin)
+        spread = losses(output, batch, jnp.int32(step))["spread"]
+        np.testing.assert_allclose(spread, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "hinge"}, "loss is one of .*'spread', 'cross_entropy'.*, got 'hinge'"),
+        ({"margin_steps": 0}, "margin_steps is 1 or more, got 0"),
+    ],
+)
+def test_a_classification_refuses_what_makes_no_loss(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Classification(0.5, **changes)
 
 
 @pytest.mark.parametrize(

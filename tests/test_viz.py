@@ -140,7 +140,7 @@ def test_a_network_without_a_decoder_has_no_panel_of_reconstructions(empty):
 
 def test_the_losses_of_another_task_have_panels_of_their_own_in_the_order_of_the_columns():
     rows = rows_of_a_run("loss", "spread", "recon_left", "recon_right", "error")
-    losses = ["spread loss", "recon_left loss", "recon_right loss"]
+    losses = ["spread loss", "recon left loss", "recon right loss"]
     assert titles(viz.curves(rows)) == ["error (% of images)", "total loss", *losses]
 
 

@@ -18,6 +18,8 @@ def make_classification(training: Training) -> Classification:
         shear=training.shear,
         zoom=training.zoom,
         elastic=training.elastic,
+        loss=training.loss,
+        margin_steps=training.margin_steps,
     )
 
 

@@ -81,7 +81,7 @@ def _draw_panel(
     """Draws one curve per split, under a title that says what the name stands for."""
     for split, column in values.items():
         _draw_curve(axes, epochs, column, split)
-    write_title(axes, _TITLES.get(name, f"{name} loss"))
+    write_title(axes, _TITLES.get(name, f"{name.replace('_', ' ')} loss"))
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color="0.9")

@@ -31,6 +31,7 @@ from tiny_run import (
         ("batch_size", 20),
         ("lr", 0.01),
         ("lr_decay", 0.5),
+        ("loss", "spread"),
         ("lam_recon", 10.0),
         ("shift_pixels", 0),
         ("seed", 1),
@@ -86,6 +87,12 @@ def test_lr_is_the_first_rate_and_lr_decay_its_factor_an_epoch(trained, plain):
     rows = read_rows(trained(lr_decay=0.5).folder)
     assert float(rows[1]["learning_rate"]) == pytest.approx(0.0005)
     assert rows[0] == read_rows(plain.folder)[0]
+
+
+def test_loss_names_its_columns_of_metrics_csv(trained):
+    for row in read_rows(trained(loss="spread").folder):
+        assert {"train_spread", "test_spread", "test_reconstruction"} < row.keys()
+        assert "test_margin" not in row
 
 
 def test_lam_recon_weighs_the_reconstruction(trained):

@@ -29,6 +29,8 @@ from tiny_run import (
         ("batch_size", 20, 10),
         ("lr", 0.01, 0.001),
         ("lr_decay", 0.5, 0.9),
+        ("loss", "spread", "margin"),
+        ("margin_steps", 5, 10_000),
         ("lam_recon", 10.0, 0.05),
         ("shift_pixels", 0.5, 2),
         ("average", 0.9, None),

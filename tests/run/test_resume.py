@@ -1,5 +1,6 @@
 """--resume: a stopped or killed run continues to the bits of a run that nobody stopped."""
 
+import json
 import signal
 from unittest import mock
 
@@ -156,6 +157,17 @@ def test_a_run_that_ended_is_not_trained_on_and_prints_its_result_again(copied, 
     assert resumed.out.splitlines()[-1] == plain.out.splitlines()[-1]
     assert have_same_bits(weights.arrays_of(resumed.drawn[0]), read_params(plain.folder))
     assert read_tree(copied) == before
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(copied, plain, tmp_path):
+    config = read_json(copied)
+    for name in ("loss", "margin_steps", "elastic"):
+        del config["settings"]["training"][name]
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for flags in ({"resume": copied}, {"weights": copied, "testing": True, "save_dir": tmp_path}):
+        outcome = run_command(**flags)
+        assert outcome.status == 0, outcome.err
+        assert outcome.out.splitlines()[-1] == plain.out.splitlines()[-1]
 
 
 def test_more_epochs_go_on(copied, trained):
