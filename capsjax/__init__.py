@@ -37,6 +37,7 @@ from capsjax._routing import (
 )
 from capsjax._vectors import length, squash, squash_exp
 from capsjax.networks import (
+    CNN,
     NETWORKS,
     CapsNet,
     EfficientCapsNet,
@@ -49,6 +50,7 @@ from capsjax.networks import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CNN",
     "NETWORKS",
     "ROUTINGS",
     "Agreement",

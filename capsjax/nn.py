@@ -56,6 +56,62 @@ class Conv(Affine):
         return conv(x, self.kernel[...], self.bias[...], strides=self.strides)
 
 
+class Dense(Affine):
+    """A dense layer.
+
+    Called with x [..., in], returns x · kernel + bias, [..., out], in the dtype of x.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.dot(x, self.kernel[...], preferred_element_type=jnp.float32)
+        return (y + jnp.broadcast_to(self.bias[...], y.shape)).astype(x.dtype)
+
+
+class Dropout(nnx.Module):
+    """Sets each number to zero at random in training, and scales the others to keep the mean.
+
+    y = x / (1 − rate) with probability 1 − rate, else 0;   y = x in evaluation, after `eval()`
+
+    A step passes no key to a network. So the seed of the next mask is kept as a batch statistic,
+    which each call in training raises by 1: no two steps share a mask, and a resumed run draws the
+    masks of an unbroken one. The key of `nnx.Dropout` would be a kind of variable that neither
+    checkpoints nor files of weights hold.
+
+    Args:
+      rate: the probability of a zero, at least 0 and below 1.
+      rngs: its stream `params` draws the first seed.
+
+    Raises:
+      ValueError: if `rate` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import capsjax
+      >>> layer = capsjax.nn.Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> sorted(set(layer(jnp.ones(100)).tolist()))
+      [0.0, 2.0]
+
+    References:
+      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout", 2014.
+    """
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs):
+        if not 0 <= rate < 1:
+            raise ValueError(f"Dropout: rate is at least 0 and below 1, got {rate}")
+        self.rate = rate
+        self.deterministic = False  # what `train()` and `eval()` set
+        self.seed = nnx.BatchStat(jax.random.bits(rngs.params(), (), jnp.uint32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.deterministic or not self.rate:
+            return x
+        seed = self.seed[...]
+        self.seed[...] = seed + 1
+        kept = jax.random.bernoulli(jax.random.key(seed), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
 class PrimaryCaps(nnx.Module):
     """Primary capsules: `capsjax.primary_capsules` with its parameters.
 

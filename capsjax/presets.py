@@ -8,7 +8,8 @@ import optax
 
 from capsjax._losses import Loss
 from capsjax._routing import Agreement
-from capsjax.networks import CapsNetConfig, EfficientCapsNetConfig, NetworkConfig
+from capsjax.networks import CapsNetConfig, CNNConfig, EfficientCapsNetConfig, NetworkConfig
+from capsjax.networks.cnn import MNIST_BASELINE
 
 # What each number must be; a comparison with nan never holds.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -164,4 +165,24 @@ EFFICIENT = Preset(
     lr_total_decay=None,
 )
 
-PRESETS = {"seed": SEED, "paper": PAPER, "best": BEST, "efficient": EFFICIENT}
+# Without capsules: a small network, trained as `best` trains CapsNet, and the paper's baseline,
+# trained as `paper` trains CapsNet, since the authors' code gives both the same defaults.
+CNN = dataclasses.replace(
+    BEST,
+    network=CNNConfig(),
+    training=dataclasses.replace(BEST.training, loss="cross_entropy"),
+)
+CNN_PAPER = dataclasses.replace(
+    PAPER,
+    network=MNIST_BASELINE,
+    training=dataclasses.replace(PAPER.training, loss="cross_entropy"),
+)
+
+PRESETS = {
+    "seed": SEED,
+    "paper": PAPER,
+    "best": BEST,
+    "efficient": EFFICIENT,
+    "cnn": CNN,
+    "cnn-paper": CNN_PAPER,
+}

@@ -48,7 +48,7 @@ def save(
       model: any `Network`.
       path: of the file, such as `mnist.safetensors`; one that is there is replaced.
       notes: anything JSON holds, such as the preset and the test error; `describe` returns them.
-      dtype: of the arrays in the file, "float32", or "float16" for half the size at 11 bits of
+      dtype: of the floats in the file, "float32", or "float16" for half the size at 11 bits of
         precision; `load` returns float32.
 
     Raises:
@@ -261,13 +261,18 @@ def export(
 
 
 def arrays_of(model: Network) -> dict[str, np.ndarray]:
-    """Returns the arrays of a network by their path, such as `class_caps.weight`, in float32."""
+    """Returns the arrays of a network by their path, such as `class_caps.weight`.
+
+    All floats are float32, whatever the model was cast to: what a network is rebuilt with.
+    """
     variables = nnx.to_pure_dict(nnx.split(model)[1])
-    # float32 whatever the model was cast to: what a network is rebuilt with.
-    return {n: np.ascontiguousarray(leaf, np.float32) for n, leaf in named_leaves(variables)}
+    dtype = lambda leaf: np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else None  # noqa: E731
+    return {n: np.asarray(leaf, dtype(leaf), order="C") for n, leaf in named_leaves(variables)}
 
 
 def _to(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.float32:  # integers, such as a seed
+        return array
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     if np.any(np.isfinite(array) & ~np.isfinite(converted)):

@@ -207,6 +207,17 @@ def decode(layers, x):
     return x
 
 
+def max_pool(x, size):
+    """Takes the largest of each size × size pixels; leaves out what fills no square."""
+    rows, columns = (n // size for n in x.shape[-3:-1])
+    y = np.zeros((*x.shape[:-3], rows, columns, x.shape[-1]))
+    for row in range(rows):
+        for column in range(columns):
+            square = np.s_[row * size : (row + 1) * size, column * size : (column + 1) * size, :]
+            y[..., row, column, :] = x[(..., *square)].max((-3, -2))
+    return y
+
+
 @np.vectorize(signature="(j),(j),(),(),()->()")
 def margin_loss(lengths, present, m_plus, m_minus, down_weight):
     """Sums the margin loss over the classes (eq. 4)."""

@@ -31,6 +31,16 @@ def test_scores_are_the_mean_of_the_members_scores_whatever_their_sizes():
     chex.assert_shape(jax.eval_shape(Ensemble(members), IMAGES).capsules, (7, 3, 4 + 6))
 
 
+def test_with_a_member_without_capsules_there_are_none():
+    sizes = {"channels": (2,), "kernel_sizes": (3,), "hidden": ()}
+    members = [make(0), capsjax.CNN((10, 10, 1), 3, **sizes, rngs=nnx.Rngs(0))]
+    net = Ensemble(members)
+    net.eval()
+    output = jax.eval_shape(net, IMAGES)
+    assert output.capsules is None
+    chex.assert_shape(output.scores, (7, 3))
+
+
 def test_an_ensemble_of_one_answers_as_its_member_does():
     member = make(0)
     alone, together = (capsjax.predict(net, IMAGES) for net in (member, Ensemble([member])))

@@ -15,7 +15,7 @@ from jax.nn import initializers
 import capsjax
 import reference
 from capsjax import Agreement
-from capsjax.nn import Affine, Conv, Decoder, DenseCaps, PrimaryCaps, as_routing
+from capsjax.nn import Affine, Conv, Decoder, Dense, DenseCaps, Dropout, PrimaryCaps, as_routing
 
 
 def apply(layer, *args):
@@ -121,6 +121,66 @@ def test_a_decoder_agrees_with_its_function(rng):
     x = draw(rng, 2, 6)
     layers = [(np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])) for layer in decoder]
     np.testing.assert_allclose(apply(decoder, x), reference.decode(layers, x), rtol=1e-5)
+
+
+def test_dense_is_a_product_and_a_sum(rng):
+    layer = Dense((6, 5), rngs=nnx.Rngs(0))
+    x = draw(rng, 2, 3, 6)
+    expected = np.asarray(x) @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+    np.testing.assert_allclose(apply(layer, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_sets_its_share_to_zero_and_keeps_the_mean(dtype):
+    dropped = Dropout(0.25, rngs=nnx.Rngs(0))(jnp.full((1000, 100), 3, dtype))
+    assert dropped.dtype == dtype
+    y = np.asarray(dropped, np.float32)
+    assert set(np.unique(y).tolist()) == {0, 4}
+    assert np.mean(y == 0) == pytest.approx(0.25, abs=0.005)
+    for axis in (0, 1):  # neither rows nor columns are dropped together
+        assert y.mean(axis).std() < 0.25
+
+
+def test_dropout_in_evaluation_returns_what_it_got_and_draws_nothing():
+    layer = Dropout(0.5, rngs=nnx.Rngs(0))
+    before, x = int(layer.seed[...]), jnp.ones(100)
+    layer.eval()
+    assert layer(x) is x
+    assert int(layer.seed[...]) == before
+    layer.train()
+    assert not layer(x).all()
+
+
+def test_a_dropout_of_rate_0_drops_nothing():
+    x = jnp.ones(100)
+    assert Dropout(0, rngs=nnx.Rngs(0))(x) is x
+
+
+def test_each_call_of_dropout_drops_others_and_the_same_seed_the_same():
+    layer, x = Dropout(0.5, rngs=nnx.Rngs(0)), jnp.ones(1000)
+    layer.seed[...] = jnp.uint32(2**32 - 2)  # the one after the next is 0
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def call_thrice(state):
+        layer = nnx.merge(graphdef, state)
+        return [layer(x) for _ in range(3)], nnx.state(layer)
+
+    masks, after = call_thrice(state)
+    chex.assert_trees_all_equal(call_thrice(state)[0], masks)
+    for one, other in zip(masks, [*masks[1:], call_thrice(after)[0][0]], strict=True):
+        assert 0.4 < np.mean(one != other) < 0.6  # as of independent masks
+    assert after["seed"][...] == 1
+
+
+def test_two_dropouts_of_a_network_have_seeds_of_their_own():
+    rngs = nnx.Rngs(0)
+    assert Dropout(0.5, rngs=rngs).seed[...] != Dropout(0.5, rngs=rngs).seed[...]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1, np.nan])
+def test_a_dropout_of_all_or_less_than_nothing_is_refused(rate):
+    with pytest.raises(ValueError, match=f"rate is at least 0 and below 1, got {rate}"):
+        Dropout(rate, rngs=nnx.Rngs(0))
 
 
 class Loose:

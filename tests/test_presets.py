@@ -15,7 +15,17 @@ import capsjax
 import tiny
 from capsjax import Agreement, weights
 from capsjax.networks import CapsNetConfig
-from capsjax.presets import BEST, EFFICIENT, PAPER, PRESETS, SEED, Preset, Training
+from capsjax.presets import (
+    BEST,
+    CNN,
+    CNN_PAPER,
+    EFFICIENT,
+    PAPER,
+    PRESETS,
+    SEED,
+    Preset,
+    Training,
+)
 
 MNIST = (28, 28, 1)
 
@@ -60,7 +70,8 @@ def test_every_array_has_its_shape_and_all_their_number(preset, more, count):
 
 
 def test_the_presets_are_there_by_name():
-    assert PRESETS == {"seed": SEED, "paper": PAPER, "best": BEST, "efficient": EFFICIENT}
+    capsules = {"seed": SEED, "paper": PAPER, "best": BEST, "efficient": EFFICIENT}
+    assert capsules | {"cnn": CNN, "cnn-paper": CNN_PAPER} == PRESETS
 
 
 def test_best_trains_the_seeds_network_on_warped_images_and_averages_its_weights():
@@ -271,8 +282,9 @@ def test_training_takes_the_ends_of_its_ranges():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_network_is_read_from_its_file(name, tmp_path):
     config: Any = PRESETS[name].network
-    smaller = {"hidden": (4,)} if name == "efficient" else SMALLER
-    config = dataclasses.replace(config, **smaller)
+    config = dataclasses.replace(
+        config, **SMALLER if config.name == "capsnet" else {"hidden": (4,)}
+    )
     model = tiny.draw_arrays(lambda: config.build(MNIST, 10, rngs=nnx.Rngs(0)))
     weights.save(model, tmp_path / "net.safetensors", {"preset": name})
     about = weights.describe(tmp_path / "net.safetensors")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -32,7 +33,13 @@ def draw_arrays(build: Callable[[], Any], *, scale: float = 0.2, seed: int = 0) 
     """Builds a network with arrays that NumPy draws: jax compiles an initializer for each shape."""
     graphdef, shapes = nnx.split(nnx.eval_shape(build))
     rng = np.random.default_rng(seed)
-    arrays = jax.tree.map(lambda leaf: rng.normal(0, scale, leaf.shape).astype(leaf.dtype), shapes)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # the seed of a dropout
+            return rng.integers(0, 2**31, leaf.shape, leaf.dtype)
+        return rng.normal(0, scale, leaf.shape).astype(leaf.dtype)
+
+    arrays = jax.tree.map(draw, shapes)
     return nnx.merge(graphdef, jax.device_put(arrays))
 
 

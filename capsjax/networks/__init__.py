@@ -9,16 +9,19 @@ from capsjax.networks._network import (
     predict,
 )
 from capsjax.networks.capsnet import CapsNet, CapsNetConfig
+from capsjax.networks.cnn import CNN, CNNConfig
 from capsjax.networks.efficient import EfficientCapsNet, EfficientCapsNetConfig
 
 # By the name that a saved network stores. A network of your own joins with
 # `capsjax.NETWORKS[MyConfig.name] = MyConfig`.
 NETWORKS: dict[str, type[NetworkConfig]] = {
-    kind.name: kind for kind in (CapsNetConfig, EfficientCapsNetConfig)
+    kind.name: kind for kind in (CapsNetConfig, EfficientCapsNetConfig, CNNConfig)
 }
 
 __all__ = [
+    "CNN",
     "NETWORKS",
+    "CNNConfig",
     "CapsNet",
     "CapsNetConfig",
     "EfficientCapsNet",

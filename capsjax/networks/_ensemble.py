@@ -19,7 +19,8 @@ class Ensemble(Network):
       members: networks for the same images and classes; their sizes may differ.
 
     Called with images [..., H, W, C], returns an `Output`: scores [..., j], the members' capsules
-    side by side [..., j, Σd], and no reconstruction, since each member would draw its own.
+    side by side [..., j, Σd], if each has some, and no reconstruction, since each member would draw
+    its own.
 
     Raises:
       ValueError: if there are no members, or they are for other images or classes.
@@ -51,4 +52,6 @@ class Ensemble(Network):
     def __call__(self, images: jax.Array, labels: ArrayLike | None = None) -> Output:
         outputs = [member(images) for member in self.members]
         scores = jnp.mean(jnp.stack([output.scores for output in outputs]), 0)
-        return Output(scores, jnp.concatenate([output.capsules for output in outputs], -1), None)
+        capsules = [output.capsules for output in outputs if output.capsules is not None]
+        together = jnp.concatenate(capsules, -1) if len(capsules) == len(outputs) else None
+        return Output(scores, together, None)

@@ -18,13 +18,13 @@ class Output(NamedTuple):
     """The output of a network.
 
     Attributes:
-      scores: [..., j], the class scores: |v_j|, or an activation.
-      capsules: [..., j, d], the class capsules.
+      scores: [..., j], the class scores: |v_j|, an activation, or a logit.
+      capsules: [..., j, d], the class capsules; None without capsules.
       reconstruction: [..., H, W, C], pixels from 0 to 1; None without a decoder.
     """
 
     scores: jax.Array
-    capsules: jax.Array
+    capsules: jax.Array | None
     reconstruction: jax.Array | None
 
     @property

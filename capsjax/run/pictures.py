@@ -78,6 +78,7 @@ def _perturb(
     model = nnx.merge(graphdef, variables)
     model.eval()
     output = model(image)
+    assert output.capsules is not None  # what a decoder draws
     moved = capsjax.perturb(output.capsules, offsets)
     return model.decode(moved, jnp.broadcast_to(output.predicted, moved.shape[:2]))
 

@@ -29,9 +29,9 @@ class Recipe:
     """The preset gives the defaults here and of the training options: try --preset paper --help."""
 
     preset: str = "seed"
-    """seed: as most others. paper: the authors' code. best: warped, averaged; efficient too."""
+    """seed: as most others. paper, cnn-paper: the authors'. best, efficient, cnn: warped images."""
     network: str | None = None
-    """capsnet or efficient: chooses the first preset with that network. None: --preset tells it."""
+    """capsnet, efficient or cnn: chooses the first preset with it. None: --preset tells it."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = None

@@ -41,10 +41,19 @@ def test_the_routing_that_a_preset_has_keeps_its_options(start):
     assert not named.drawn[0].config.routing.stop_gradient
 
 
-def test_a_network_brings_its_preset_and_does_all_that_the_others_do(trained, base, tmp_path):
-    run = trained(network="efficient")
+@pytest.mark.parametrize(
+    ("network", "kind", "pictures"),
+    [
+        ("efficient", capsjax.EfficientCapsNet, {"reconstructions.png", "perturbations.png"}),
+        ("cnn", capsjax.CNN, set()),
+    ],
+)
+def test_a_network_brings_its_preset_and_does_all_that_the_others_do(
+    trained, base, tmp_path, network, kind, pictures
+):
+    run = trained(network=network)
     config = read_json(run.folder)
-    assert config["network"]["name"] == config["settings"]["recipe"]["preset"] == "efficient"
+    assert config["network"]["name"] == config["settings"]["recipe"]["preset"] == network
     assert config["settings"]["training"]["average"] == 0.999
     for source in (run.folder, run.folder / "weights.safetensors"):
         flags = {"data_dir": base["data_dir"]} if source.is_file() else {}
@@ -53,21 +62,24 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(trained, ba
         assert tested.out.splitlines()[-1] == run.out.splitlines()[-1]
     flags = {"save_dir": tmp_path / "run", "checkpoint_steps": 1}
     with after_step(STEPS + 1, kill), pytest.raises(MemoryError):
-        run_command(preset="efficient", **base, **flags)
+        run_command(preset=network, **base, **flags)
     other = run_command(resume=tmp_path / "run", network="capsnet")
-    assert "is efficient" in other.err
-    resumed = run_command(resume=tmp_path / "run", network="efficient", pictures=True)
+    assert f"is {network}" in other.err
+    resumed = run_command(resume=tmp_path / "run", network=network, pictures=True)
     assert resumed.out.splitlines()[-1] == run.out.splitlines()[-1]
     assert have_same_bits(read_arrays(resumed.folder), read_arrays(run.folder))
-    assert (resumed.folder / "reconstructions.png").is_file()
+    drawn = {path.name for path in resumed.folder.glob("*.png")}
+    assert drawn == {"curves.png", "errors.png"} | pictures
     loaded = weights.load(resumed.folder / "weights.safetensors")
-    assert isinstance(loaded, capsjax.EfficientCapsNet)
+    assert isinstance(loaded, kind)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"network": "best"}, "--network must be 'capsnet' or 'efficient', got 'best'"),
+        ({"network": "best"}, "--network must be 'capsnet' or 'efficient' or 'cnn', got 'best'"),
+        ({"network": "cnn", "routings": 3}, "--routings 3: the network cnn has no field routing"),
+        ({"network": "cnn", "routing": "uniform"}, "the network cnn has no field routing"),
         ({"network": "efficient", "preset": "best"}, "--network efficient, but the network of --p"),
         (
             {"routing": "best"},

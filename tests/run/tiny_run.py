@@ -22,21 +22,21 @@ from data_files import digits, write_npz
 # 60 training images in batches of 10 are six steps an epoch.
 STEPS = 6
 SIZES: dict[str, dict[str, Any]] = {
-    "capsnet": {"channels": 4, "kernel_size": 3, "types": 2},
+    "capsnet": {"channels": 4, "kernel_size": 3, "types": 2, "dim_class": 4},
     "efficient": {
         "channels": (4, 8),
         "kernel_sizes": (3, 3),
         "strides": (1, 2),
         "dim_primary": 4,
+        "dim_class": 4,
     },
+    "cnn": {"channels": (4, 8), "kernel_sizes": (3, 3)},
 }
 EXPERIMENT = Experiment(
     presets={
         name: dataclasses.replace(
             preset,
-            network=dataclasses.replace(
-                preset.network, dim_class=4, hidden=(8,), **SIZES[preset.network.name]
-            ),
+            network=dataclasses.replace(preset.network, hidden=(8,), **SIZES[preset.network.name]),
             training=dataclasses.replace(preset.training, epochs=2, batch_size=10),
         )
         for name, preset in presets.PRESETS.items()
