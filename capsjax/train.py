@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32: steps done
     params: Any
-    statistics: Any  # of batch normalisation; {} in a network without
+    statistics: Any  # of batch normalisation, and seeds of dropout; {} in a network without
     average: Any  # moving average of the parameters; {} in a run without
     opt_state: optax.OptState
     sums: Sums  # over the epoch so far

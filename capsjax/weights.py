@@ -261,17 +261,19 @@ def export(
 
 
 def arrays_of(model: Network) -> dict[str, np.ndarray]:
-    """Returns the arrays of a network by their path, such as `class_caps.weight`.
-
-    All floats are float32, whatever the model was cast to: what a network is rebuilt with.
-    """
+    """Returns the arrays of a network by their path, such as `class_caps.weight`."""
     variables = nnx.to_pure_dict(nnx.split(model)[1])
-    dtype = lambda leaf: np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else None  # noqa: E731
-    return {n: np.asarray(leaf, dtype(leaf), order="C") for n, leaf in named_leaves(variables)}
+    return {name: _widen(leaf) for name, leaf in named_leaves(variables)}
+
+
+def _widen(leaf: jax.Array) -> np.ndarray:
+    """Returns floats in float32, whatever the model was cast to, and integers as they are."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.asarray(leaf, np.float32 if floats else leaf.dtype, order="C")
 
 
 def _to(dtype: str, name: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.float32:  # integers, such as a seed
+    if array.dtype != np.float32:  # an integer, such as the seed of a dropout
         return array
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)

@@ -65,10 +65,13 @@ def test_the_forward_pass_equals_loops(rng, lead, pool):
 
 
 def test_a_network_in_bfloat16_stays_in_bfloat16():
-    cast = lambda leaf: jnp.asarray(leaf, jnp.bfloat16)  # noqa: E731
     graphdef, params, rest = nnx.split(make(), nnx.Param, ...)
-    net = nnx.merge(graphdef, jax.tree.map(cast, params), rest)
-    assert net(jnp.ones((2, 6, 7, 2), jnp.bfloat16)).scores.dtype == jnp.bfloat16
+
+    def forward(params, rest, images):
+        cast = lambda leaf: leaf.astype(jnp.bfloat16)  # noqa: E731
+        return nnx.merge(graphdef, jax.tree.map(cast, params), rest)(cast(images)).scores
+
+    assert jax.eval_shape(forward, params, rest, jnp.ones((2, 6, 7, 2))).dtype == jnp.bfloat16
 
 
 def step_twice(dropout: float):
