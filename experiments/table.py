@@ -10,19 +10,23 @@ An ensemble stands in results/mnist/NAME/test.json, as `mnist.py --testing` leav
 import csv
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tyro
+from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 import mnist
 import trials
-from capsjax.networks._config_json import config_to_json
+from capsjax import NETWORKS
+from capsjax.networks._config_json import config_from_json, with_routing
 from capsjax.run import Experiment
 from capsjax.run.pictures import write
 from capsjax.run.settings import Settings, from_json, to_json
@@ -31,6 +35,7 @@ from capsjax.viz._text import DPI, FONT, write_title
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
 EXPERIMENTS = {"mnist": mnist.MNIST, "trials": trials.TRIALS}
+CLASSES = 10  # of all data sets in the table
 BEGIN, END = "<!-- python experiments/table.py -->\n", "<!-- end of the table -->\n"
 
 
@@ -85,14 +90,14 @@ def make_table(
 ) -> str:
     """Makes a table in Markdown, a line for each name, in the order of the mean error."""
     lines = [
-        "| command | error, % | each seed | epochs | machine |",
-        "| --- | --- | --- | --- | --- |",
+        "| network, routing | parameters | command | error, % | each seed | epochs | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for test in tests:
         words = " ".join(f"runs/{name}" for name in test["weights"])
         command = f"python experiments/{experiment}.py --testing --weights {words}"
         error = f"{test['test']['error']:.2f}"
-        lines.append(f"| `{command}` | {error} | | | {describe_machine(test)} |")
+        lines.append(f"| an ensemble | | `{command}` | {error} | | | {describe_machine(test)} |")
     for runs in sorted(results.values(), key=lambda runs: mean_error(runs, column)):
         errors = [run.read(column)[-1] for run in runs]
         error = f"{errors[0]:.2f}"
@@ -100,6 +105,7 @@ def make_table(
             error = f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
         seconds = statistics.median(second for run in runs for second in run.read("seconds"))
         cells = [
+            *describe_network(runs[0].config),
             f"`{make_command(experiment, runs[0])}`",
             error,
             ", ".join(f"{error:.2f}" for error in errors),
@@ -113,6 +119,17 @@ def make_table(
 def mean_error(runs: list[Run], column: str) -> float:
     """Returns the mean over seeds of the last epoch's error."""
     return statistics.mean(run.read(column)[-1] for run in runs)
+
+
+def describe_network(config: dict[str, Any]) -> tuple[str, str]:
+    """Returns the names of a network and of its routing, and its number of parameters."""
+    network = config_from_json(config["network"], NETWORKS)
+    image_shape = tuple(config["image_shape"])
+    model = nnx.eval_shape(lambda: network.build(image_shape, CLASSES, rngs=nnx.Rngs(0)))
+    shapes = nnx.state(model, nnx.Param)
+    parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
+    names = [network.name, *([network.routing.name] if hasattr(network, "routing") else [])]
+    return ", ".join(f"`{name}`" for name in names), f"{parameters:,}"
 
 
 def make_command(experiment: str, run: Run) -> str:
@@ -135,10 +152,11 @@ def find_defaults(experiment: Experiment, run: Run) -> dict[str, dict[str, Any]]
     # A decay over the whole run is completed for the run's number of epochs.
     whole = dataclasses.replace(settings.training, epochs=training.epochs)
     complete = dataclasses.replace(preset.complete(whole, shape), epochs=settings.training.epochs)
+    network = with_routing(preset.network, recipe.routing) if recipe.routing else preset.network
     first = dataclasses.replace(
         settings.recipe,
         preset=next(iter(experiment.presets)),
-        routings=config_to_json(preset.network)["routing"]["iterations"],
+        routings=getattr(getattr(network, "routing", None), "iterations", None),
     )
     return to_json(dataclasses.replace(settings, recipe=first, training=complete))
 

@@ -8,7 +8,10 @@ import statistics
 
 import pytest
 
+import mnist
 import table
+import trials
+from capsjax.networks._config_json import config_to_json
 from capsjax.run.command_line import parse
 from capsjax.run.settings import Settings, to_json
 
@@ -30,8 +33,10 @@ def parse_words(experiment: str, words: list[str]) -> Settings:
 def write_run(folder, settings: Settings, errors: list[float]) -> None:
     """Writes what the table reads of a run's folder."""
     folder.mkdir(parents=True)
+    network = {**trials.PRESETS, **mnist.MNIST.presets}[settings.recipe.preset].network
     config = {
         "settings": to_json(settings),
+        "network": config_to_json(network),
         "image_shape": SHAPE,
         "device": "1 × cpu (cpu)",
         "processor": "Abacus",
@@ -59,8 +64,10 @@ def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviati
     mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
     machine = "1 core of Abacus, JAX 0.12, commit abc1234"
     assert made.splitlines()[2:] == [
+        "| `capsnet`, `agreement` | 8,215,568 "
         "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.10 | 0.10 | 1 of 100 s "
         f"| {machine} |",
+        "| `capsnet`, `agreement` | 8,215,568 "
         "| `python experiments/mnist.py --preset best --seed 0 --epochs 3` "
         f"| {mean:.3f} ± {spread:.3f} | 0.31, 0.25, 0.40 | 3 of 100 s | {machine} |",
     ]
@@ -74,6 +81,7 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     assert table.read_results(tmp_path) == {}
     made = table.make_table("mnist", {}, table.read_tests(tmp_path), "test_error")
     assert made.splitlines()[2:] == [
+        "| an ensemble | "
         "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 | | "
         "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
     ]
@@ -93,6 +101,9 @@ def test_a_run_that_has_not_ended_does_not_count(tmp_path):
         ("mnist", "--preset best --lam-recon 0 --rotation 10 --average 0.99"),
         ("mnist", "--preset paper --epochs 50 --shift-pixels 1.5 --validation 10000"),
         ("mnist", "--preset paper"),
+        ("mnist", "--preset efficient --epochs 3"),
+        ("mnist", "--preset cnn"),
+        ("mnist", "--preset best --routing uniform"),
         ("trials", "--preset gradient --validation 10000 --precision bfloat16"),
     ],
 )
