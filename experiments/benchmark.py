@@ -55,6 +55,15 @@ CONTENDERS = {
     "capsjax bfloat16": Contender("capsjax", "bfloat16"),
 }
 
+# Other networks have two of them: as it comes, and what was fastest.
+NETWORKS = ("efficient", "cnn")
+NETWORK_CONTENDERS = (
+    PYTORCH,
+    "PyTorch bfloat16, allocator set, rewritten",
+    CAPSJAX,
+    "capsjax bfloat16",
+)
+
 SIZES = (16, 32, 64, 128, 256, 512)
 
 # Of these the whole process is measured, too: training on so many images, evaluating, saving.
@@ -78,6 +87,8 @@ class Benchmark:
     """Steps a turn, after one that is not timed."""
     save_dir: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
+    network: Literal["efficient", "cnn"] | None = None
+    """Only time this network's step, beside the same network in PyTorch."""
     compile_for: Literal["h100", "v5e", "v5e:2x2", "v5e:4x4"] | None = None
     """Only compile the train step for chips that need not be here, and show its cost."""
 
@@ -93,6 +104,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
         write_inputs(inputs, max(settings.batch_size, *SIZES, *WHOLE_SIZES))
+        if settings.network is not None:
+            time_network(settings.network, settings, inputs)
+            return
         results = measure(settings, inputs)
     save(results, settings.save_dir)
 
@@ -124,6 +138,7 @@ def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:
     show_contest(results["contest"])
     print(f"the step of {CAPSJAX} compiles in {results['contest'][CAPSJAX]['compile']:.1f} s")
     ours = sized[CAPSJAX]
+    results["networks"] = {n: time_network(n, settings, inputs) for n in NETWORKS}
     more = {f"{n} routings": dataclasses.replace(ours, routings=n) for n in (3, 10)}
     results["routings"] = compare(more, settings, inputs, ("train",))
     show_growth(results["routings"])
@@ -141,6 +156,18 @@ def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:
         if name in results["contest"]
     }
     show_whole(results["whole"], WHOLE_SIZES)
+    return results
+
+
+def time_network(network: str, settings: Benchmark, inputs: Path) -> dict[str, dict[str, Any]]:
+    """Times a network's step beside the same network in PyTorch, and prints the table."""
+    sized = {
+        name: dataclasses.replace(CONTENDERS[name], network=network, batch_size=settings.batch_size)
+        for name in NETWORK_CONTENDERS
+    }
+    print(f"\n{network}")
+    results = compare(sized, settings, inputs)
+    show_contest(results)
     return results
 
 

@@ -13,13 +13,27 @@ import optax
 from flax import nnx
 
 import capsjax
-from benchmarking.contender import LAM_RECON, Contender, Inputs, Tasks
+from benchmarking.contender import LAM_RECON, Contender, Inputs, Tasks, parameters_of
 from benchmarking.stages import COPY, LENGTH, PRODUCT, SIDE, draw_arrays
 from capsjax import data, sharding, weights
 from capsjax._conv import conv
+from capsjax._losses import Loss
+from capsjax.networks import CapsNetConfig, CNNConfig, EfficientCapsNetConfig
+from capsjax.networks._config_json import with_iterations
 from capsjax.tasks import Classification
 from capsjax.train import Setup, create, jit_steps
 
+# The networks that are timed. A dropout would draw other masks in each library.
+CONFIGS: dict[str, Any] = {
+    "capsnet": CapsNetConfig(),
+    "efficient": EfficientCapsNetConfig(),
+    "cnn": CNNConfig(dropout=0),
+}
+LOSSES: dict[str, Loss] = {
+    "capsnet": "margin",
+    "efficient": "margin",
+    "cnn": "cross_entropy",
+}
 Stages = dict[str, tuple[Any, ...]]  # a function and its arguments
 
 
@@ -28,18 +42,24 @@ def write_inputs(path: Path, images: int) -> None:
     mnist = data.load()
     arrays: dict[str, Any] = {"x": mnist.x_train[:images], "y": mnist.y_train[:images]}
     arrays |= {"x_test": mnist.x_test, "y_test": mnist.y_test}
-    arrays |= weights.arrays_of(_build_network())
+    for network in CONFIGS:
+        for name, array in weights.arrays_of(_build_network(network)).items():
+            arrays[f"{network}/{name}"] = array
     np.savez(path, **arrays)
 
 
-def _build_network(routings: int = 3) -> capsjax.CapsNet:
-    return capsjax.CapsNet(routings=routings, rngs=nnx.Rngs(0))
+def _build_network(network: str, routings: int = 3) -> capsjax.Network:
+    config = CONFIGS[network]
+    if network == "capsnet":
+        config = with_iterations(config, routings)
+    return config.build(data.load().image_shape, 10, rngs=nnx.Rngs(0))
 
 
 def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]:
     """Returns tasks to time, and figures known without timing."""
-    optimizer, task = optax.adam(1e-3), Classification(LAM_RECON)
-    graphdef, state = create(_build_network(contender.routings), optimizer, task)
+    optimizer, task = optax.adam(1e-3), Classification(LAM_RECON, loss=LOSSES[contender.network])
+    model = _build_network(contender.network, contender.routings)
+    graphdef, state = create(model, optimizer, task)
     mesh = sharding.make_mesh(contender.batch_size, 1)
     step, evaluate = jit_steps(Setup(graphdef, optimizer, task, contender.dtype), mesh)
     images, labels = (inputs[name][: contender.batch_size] for name in ("x", "y"))
@@ -69,8 +89,7 @@ def _compile(step: Any, *arguments: Any) -> tuple[Callable, float]:
 
 def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:
     """Returns each stage of a step as a task to time, then the machine's peaks."""
-    images = ("x", "y", "x_test", "y_test")
-    params = {name: jnp.asarray(a) for name, a in inputs.items() if name not in images}
+    params = {name: jnp.asarray(a) for name, a in parameters_of("capsnet", inputs).items()}
     arrays = {name: jnp.asarray(array) for name, array in draw_arrays(batch).items()}
     stages = {
         **_list_conv_stages(params, arrays),

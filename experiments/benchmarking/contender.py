@@ -38,8 +38,15 @@ class Contender:
     compiled: bool = False  # torch.compile
     rewritten: bool = False  # an einsum for the predictions, a fused Adam
     batch_size: int = 128
-    routings: int = 3
+    network: str = "capsnet"
+    routings: int = 3  # of CapsNet
     stages: bool = False  # the parts of a step instead of the step
+
+
+def parameters_of(network: str, inputs: Inputs) -> Inputs:
+    """Returns the initial parameters of a network by their path."""
+    first = f"{network}/"
+    return {name.removeprefix(first): a for name, a in inputs.items() if name.startswith(first)}
 
 
 class Worker:

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarking import torch_capsnet
-from benchmarking.contender import Contender, Inputs, Tasks
+from benchmarking.contender import Contender, Inputs, Tasks, parameters_of
 from benchmarking.stages import draw_arrays
+from benchmarking.torch_capsnet import CapsNet
+from benchmarking.torch_cnn import CNN
+from benchmarking.torch_efficient import EfficientCapsNet
+from benchmarking.torch_layers import margin_loss, reconstruction_loss
 
 
 def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]:
@@ -21,7 +24,7 @@ def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]
 
 def make_network_tasks(contender: Contender, inputs: Inputs) -> tuple[Any, Callable, Callable]:
     """Returns the network, train(pixels, labels) -> loss and predict(pixels) -> classes."""
-    net: Any = torch_capsnet.CapsNet(inputs, contender.routings, contender.rewritten)
+    net, score_loss = _make_network(contender, parameters_of(contender.network, inputs))
     layout = torch.channels_last if contender.channels_last else torch.contiguous_format
     net = net.to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=contender.rewritten or None)
@@ -32,8 +35,10 @@ def make_network_tasks(contender: Contender, inputs: Inputs) -> tuple[Any, Calla
         x, y = _to_images(pixels).to(memory_format=layout), torch.from_numpy(labels).long()
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            lengths, reconstruction = called(x, y)
-        value = torch_capsnet.compute_loss(lengths.float(), y, x, reconstruction.float())
+            scores, reconstruction = called.train()(x, y)
+        value = score_loss(scores.float(), y)
+        if reconstruction is not None:
+            value = value + reconstruction_loss(reconstruction.float(), x)
         value.backward()
         optimizer.step()
         return value.item()
@@ -41,9 +46,20 @@ def make_network_tasks(contender: Contender, inputs: Inputs) -> tuple[Any, Calla
     def predict(pixels: np.ndarray) -> np.ndarray:
         x = _to_images(pixels).to(memory_format=layout)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return called(x)[0].argmax(-1).numpy()
+            return called.eval()(x)[0].argmax(-1).numpy()
 
     return net, train, predict
+
+
+def _make_network(contender: Contender, params: Inputs) -> tuple[Any, Callable]:
+    """Returns a network and the loss of its class scores."""
+    match contender.network:
+        case "efficient":
+            return EfficientCapsNet(params), margin_loss
+        case "cnn":
+            return CNN(params), functional.cross_entropy
+        case _:
+            return CapsNet(params, contender.routings, contender.rewritten), margin_loss
 
 
 def _to_images(pixels: np.ndarray) -> torch.Tensor:
@@ -53,7 +69,7 @@ def _to_images(pixels: np.ndarray) -> torch.Tensor:
 
 def make_stage_tasks(inputs: Inputs, batch: int) -> Tasks:
     """Returns each stage of a step as a task to time."""
-    net = torch_capsnet.CapsNet(inputs)
+    net = CapsNet(parameters_of("capsnet", inputs))
     tensors = {name: torch.from_numpy(array) for name, array in draw_arrays(batch).items()}
     for name in ("x", "h", "dy"):
         tensors[name] = tensors[name].permute(0, 3, 1, 2).contiguous()

@@ -7,7 +7,7 @@ from benchmarking.capsjax_tasks import write_inputs
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Two images and the initial parameters."""
+    """A few images and the initial parameters."""
     path = tmp_path_factory.mktemp("benchmark") / "inputs.npz"
-    write_inputs(path, 2)
+    write_inputs(path, 32)
     return path

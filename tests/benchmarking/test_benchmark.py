@@ -37,6 +37,15 @@ def test_contenders_take_turns_and_a_missing_library_is_named(capsys, inputs):
     assert (f"{benchmark.PYTORCH}: cannot run here" in out) == (not TORCH)
 
 
+@NEEDS_TORCH
+@pytest.mark.slow
+@pytest.mark.parametrize("network", benchmark.NETWORKS)
+def test_each_network_computes_what_it_does_in_pytorch(network, inputs):
+    settings = benchmark.Benchmark(batch_size=32, rounds=1, steps=1)
+    results = benchmark.time_network(network, settings, inputs)  # stops if the losses differ
+    assert list(results) == list(benchmark.NETWORK_CONTENDERS)
+
+
 @pytest.mark.slow
 def test_every_stage_is_timed_and_drawn(capsys, tmp_path, inputs):
     stages = benchmark.time_stages(SHORT, inputs)
