@@ -74,8 +74,8 @@ class Dropout(nnx.Module):
 
     A step passes no key to a network. So the seed of the next mask is kept as a batch statistic,
     which each call in training raises by 1: no two steps share a mask, and a resumed run draws the
-    masks of an unbroken one. The key of `nnx.Dropout` would be a kind of variable that neither
-    checkpoints nor files of weights hold.
+    masks of an unbroken one. `nnx.Dropout` keeps its key in another kind of variable, which
+    `capsjax.train` refuses.
 
     Args:
       rate: the probability of a zero, at least 0 and below 1.

@@ -34,7 +34,7 @@ def make(image_shape=(6, 7, 2), num_classes=3, **sizes) -> capsjax.CNN:
     [
         (MNIST_BASELINE, (28, 28, 1), 35_445_522),  # "35.4M"
         (MULTI_MNIST_BASELINE, (36, 36, 1), 24_563_978),  # "24.56M"
-        (CNNConfig(), (28, 28, 1), 390_410),
+        (CNNConfig(), (28, 28, 1), 390_922),
     ],
     ids=["mnist", "multi-mnist", "small"],
 )
