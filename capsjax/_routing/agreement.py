@@ -168,7 +168,16 @@ class Agreement:
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d], as `dense_capsules`."""
-        return routing(
+        return self._route(u, weight, bias).capsules
+
+    def couplings(
+        self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
+    ) -> jax.Array:
+        """Returns the couplings c [..., j, i] of the last iteration."""
+        return self._route(u, weight, bias).couplings
+
+    def _route(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> RoutingState:
+        return routing_state(
             DenseVotes(u, weight),
             self.iterations,
             bias=bias,

@@ -41,10 +41,14 @@ def random_routing(
     """
     votes = as_votes("random_routing", votes)
     *lead, j, i, d = votes.shape
-    couplings = jax.nn.softmax(jax.random.normal(key, (j, i)), 0)
-    s = votes.weighted_sum(jnp.broadcast_to(couplings, (*lead, j, i)))
+    s = votes.weighted_sum(_draw_couplings(key, (*lead, j, i)))
     bias = as_bias("random_routing", bias, "[j, d]", (j, d), len(lead) + 2)
     return squash(s + bias).astype(votes.dtype)
+
+
+def _draw_couplings(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws couplings [j, i] for all leading axes of a shape [..., j, i]."""
+    return jnp.broadcast_to(jax.nn.softmax(jax.random.normal(key, shape[-2:]), 0), shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +78,10 @@ class Random:
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""
         return random_routing(jax.random.key(self.seed), DenseVotes(u, weight), bias=bias)
+
+    def couplings(
+        self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
+    ) -> jax.Array:
+        """Returns the couplings c [..., j, i], the same along all leading axes."""
+        shape = (*jnp.shape(u)[:-2], *jnp.shape(weight)[:2])
+        return _draw_couplings(jax.random.key(self.seed), shape)

@@ -41,10 +41,14 @@ def self_attention_routing(votes: ArrayLike | Votes, *, bias: ArrayLike | None =
       2021, arXiv:2101.12491; EscVM/Efficient-CapsNet.
     """
     votes = as_votes("self_attention_routing", votes)
-    *lead, j, i, d = votes.shape
+    *lead, j, i, _ = votes.shape
     bias = as_bias("self_attention_routing", bias, "[j, i]", (j, i), len(lead) + 2)
-    couplings = jax.nn.softmax(votes.agreement(votes.weighted_sum()) / math.sqrt(d), -2)
-    return squash_exp(votes.weighted_sum(couplings + bias)).astype(votes.dtype)
+    return squash_exp(votes.weighted_sum(_attend(votes) + bias)).astype(votes.dtype)
+
+
+def _attend(votes: Votes) -> jax.Array:
+    """Returns c = softmax_j(û · S / √d), [..., j, i]."""
+    return jax.nn.softmax(votes.agreement(votes.weighted_sum()) / math.sqrt(votes.shape[-1]), -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +75,9 @@ class SelfAttention:
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""
         return self_attention_routing(DenseVotes(u, weight), bias=bias)
+
+    def couplings(
+        self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
+    ) -> jax.Array:
+        """Returns the couplings c [..., j, i] without B, which may be negative."""
+        return _attend(DenseVotes(u, weight))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax._routing._dense_votes import DenseVotes
@@ -61,3 +62,10 @@ class Uniform:
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""
         return uniform_routing(DenseVotes(u, weight), bias=bias)
+
+    def couplings(
+        self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
+    ) -> jax.Array:
+        """Returns 1/J [..., j, i]."""
+        j, i = jnp.shape(weight)[:2]
+        return jnp.full((*jnp.shape(u)[:-2], j, i), 1 / j, jnp.float32)
