@@ -1,6 +1,6 @@
 """Capsule networks for JAX: pure functions first, thin Flax modules over them."""
 
-from capsjax import data, networks, nn, presets, tasks, weights
+from capsjax import data, diagnostics, networks, nn, presets, tasks, weights
 from capsjax._decoder import decode, mask, perturb
 from capsjax._losses import (
     caps_loss,
@@ -74,6 +74,7 @@ __all__ = [
     "data",
     "decode",
     "dense_capsules",
+    "diagnostics",
     "em_routing",
     "length",
     "margin_loss",

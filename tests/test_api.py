@@ -60,11 +60,22 @@ TUPLES = {
     capsjax.Output: ("scores", "capsules", "reconstruction"),
     capsjax.Prediction: ("predicted", "scores", "reconstruction"),
 }
+DIAGNOSTICS = {
+    "dead": "(activations, *, threshold=0.01)",
+    "score_histogram": "(scores, labels, *, bins=50)",
+    "active": "(couplings)",
+    "coupling_entropy": "(couplings)",
+    "bonding": "(couplings)",
+    "dynamics": "(couplings)",
+    "observe": "(model, images)",
+    "diagnose": "(model, images, labels, *, batch_size=50)",
+}
 PUBLIC = {
     **{name: getattr(capsjax, name) for name in FUNCTIONS},
     **{module.__name__: module for module in MODULES},
     "load": capsjax.data.load,
     **{name: getattr(capsjax.weights, name) for name in ("save", "from_torch", "export")},
+    **{name: getattr(capsjax.diagnostics, name) for name in DIAGNOSTICS},
 }
 
 
@@ -113,13 +124,20 @@ def test_weights_go_in_and_out_as_the_design_says(name, parameters):
     assert signature(getattr(capsjax.weights, name)) == parameters
 
 
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_a_diagnostic_is_called_in_this_way(name):
+    assert signature(getattr(capsjax.diagnostics, name)) == DIAGNOSTICS[name]
+
+
 def test_the_public_names_are_these_and_there():
     names = {"Agreement", "CapsNet", "NETWORKS", "Network", "ROUTINGS", "Routing", "data", "tasks"}
     assert names | {*FUNCTIONS} <= set(capsjax.__all__)
     assert all(hasattr(capsjax, name) for name in capsjax.__all__)
 
 
-@pytest.mark.parametrize("package", [capsjax, capsjax.data, capsjax.run, capsjax.viz])
+@pytest.mark.parametrize(
+    "package", [capsjax, capsjax.data, capsjax.diagnostics, capsjax.run, capsjax.viz]
+)
 def test_no_public_module_has_the_name_of_a_function(package):
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     functions = {
