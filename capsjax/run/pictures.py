@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, reconstructions, perturbations, errors."""
+"""The pictures of a run: curves, errors, capsules, reconstructions, perturbations."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,11 +12,12 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import capsjax
-from capsjax import viz
+from capsjax import diagnostics, viz
 from capsjax._files import write_atomically
 from capsjax._pixels import to_unit_interval
 
 OFFSETS = np.arange(-5, 6) * 0.05  # Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4
+DIAGNOSED = 1000  # images, which take a few seconds on a CPU
 RECONSTRUCTED = 50  # images, as in XifengGuo/CapsNet-Pytorch
 
 
@@ -29,9 +30,10 @@ def write_pictures(
     class_names: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes curves.png, reconstructions.png, perturbations.png and errors.png into `folder`.
+    """Writes curves, errors, capsules, reconstructions and perturbations, a .png each.
 
-    A network without a decoder gets neither of the two in the middle.
+    What a network does not offer, such as the last two without a decoder, is left out, and that is
+    printed.
 
     Args:
       folder: must exist; a picture that is there already is replaced.
@@ -45,6 +47,7 @@ def write_pictures(
     if rows:
         write(viz.curves(rows), folder / "curves.png")
     write(viz.misread(x_test, y_test, predicted, class_names), folder / "errors.png")
+    _write_capsules(folder, model, x_test[:DIAGNOSED], y_test[:DIAGNOSED], class_names)
     first = x_test[:RECONSTRUCTED]
     drawn = capsjax.predict(model, first).reconstruction
     if drawn is None:
@@ -58,6 +61,28 @@ def write_pictures(
     moved = perturbed(model, x_test[example], OFFSETS)
     figure = viz.perturbations(moved, OFFSETS, predicted[example], class_names)
     write(figure, folder / "perturbations.png")
+
+
+def _write_capsules(
+    folder: Path,
+    model: capsjax.Network,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """Writes capsules.png, and prints what is left out of it."""
+    if isinstance(model, capsjax.networks.Ensemble):
+        print("pictures  no capsules: an ensemble has those of several networks")
+        return
+    found = diagnostics.diagnose(model, images, labels)
+    if not found.scores:
+        print("pictures  no capsules: this network has none")
+        return
+    if not found.layers:
+        print("pictures  no capsules but those of the classes: this network has no nn.DenseCaps")
+    elif not found.couplings:
+        print("pictures  no couplings: the routing of the last capsule layer does not tell them")
+    write(viz.capsules(found, class_names), folder / "capsules.png")
 
 
 def perturbed(model: capsjax.Network, image: np.ndarray, offsets: np.ndarray) -> jax.Array:

@@ -5,10 +5,11 @@ clipped. One channel is drawn in grey, three as RGB, any other number as the gre
 Figures are made without pyplot: `figure.savefig(path)` writes one, a notebook displays it.
 """
 
+from capsjax.viz._capsules import capsules
 from capsjax.viz._curves import curves
 from capsjax.viz._grids import image_grid
 from capsjax.viz._misread import misread
 from capsjax.viz._perturbations import perturbations
 from capsjax.viz._reconstructions import reconstructions
 
-__all__ = ["curves", "image_grid", "misread", "perturbations", "reconstructions"]
+__all__ = ["capsules", "curves", "image_grid", "misread", "perturbations", "reconstructions"]

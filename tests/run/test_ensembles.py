@@ -23,6 +23,7 @@ def test_several_runs_and_files_are_tested_as_one_network(members, tmp_path):
     wrong = int(np.sum(scores.argmax(-1) != images["y_test"]))
     assert outcome.out.splitlines()[-1].endswith(f" % ({wrong} of 23)")
     assert {path.name for path in tmp_path.iterdir()} == {"errors.png", "test.json", ".lock"}
+    assert "no capsules: an ensemble has those of several networks\n" in outcome.out
     left = read_json(tmp_path, "test.json")
     assert left["weights"] == [members[0].name, "weights.safetensors", members[2].name]
     assert (left["test"]["wrong"], left["test"]["examples"]) == (wrong, 23)

@@ -31,7 +31,7 @@ from tiny_run import (
     read_weights,
 )
 
-PICTURES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png")
+PICTURES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png", "capsules.png")
 
 
 def test_it_prints_source_devices_parameters_an_epoch_a_line_and_the_result(plain, base):

@@ -95,7 +95,8 @@ def test_metrics_csv_has_no_column_of_a_loss_that_it_lacks(whole):
 
 
 def test_the_pictures_that_need_a_decoder_are_left_out_and_that_is_said(whole):
-    assert {path.name for path in whole.folder.glob("*.png")} == {"curves.png", "errors.png"}
+    pictures = {path.name for path in whole.folder.glob("*.png")}
+    assert pictures == {"curves.png", "errors.png", "capsules.png"}
     assert "no reconstructions and perturbations: this network has no decoder\n" in whole.out
     with Image.open(whole.folder / "curves.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20

@@ -1,5 +1,7 @@
 """The pictures of a run: what each shows, and that it is written whole or not at all."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +13,15 @@ from PIL import Image
 import capsjax
 from capsjax.run import pictures
 
-NAMES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png")
+NAMES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png", "capsules.png")
 ROWS = [{"epoch": "1", "train_error": "4.2", "validation_error": "", "test_error": "3.1"}]
 
 
-def make_network(shape, num_classes):
+def make_network(shape, num_classes, **sizes):
     """Draws a small network with NumPy, because JAX would compile an initializer per shape."""
+    sizes |= {"channels": 4, "types": 1, "hidden": (8,), "kernel_size": 5}
     abstract = nnx.eval_shape(
-        lambda: capsjax.CapsNet(
-            shape, num_classes, channels=4, types=1, hidden=(8,), kernel_size=5, rngs=nnx.Rngs(0)
-        )
+        lambda: capsjax.CapsNet(shape, num_classes, **sizes, rngs=nnx.Rngs(0))
     )
     graphdef, params = nnx.split(abstract)
     rng = np.random.default_rng(0)
@@ -114,4 +115,40 @@ def test_without_decode_perturbations_are_left_out_and_it_is_said(tmp_path, caps
     x, y = make_images(2, (16, 16, 1)), np.array([0, 1], np.int32)
     pictures.write_pictures(tmp_path, model, x, y, y, "01", ROWS)
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"perturbations.png"}
-    assert "no perturbations: Drawing does not define decode" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no perturbations: Drawing does not define decode" in printed
+    assert "no capsules but those of the classes: this network has no nn.DenseCaps" in printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Untold:
+    """A routing that does not tell its couplings."""
+
+    name = "untold"
+
+    def initial_bias(self, j, i, d):
+        return None
+
+    def __call__(self, u, weight, bias=None):
+        return capsjax.uniform_routing(capsjax.DenseVotes(u, weight))
+
+
+class Plain(capsjax.Network):
+    """A network without capsules."""
+
+    def __call__(self, images, labels=None):
+        return capsjax.Output(images[..., 0, : self.num_classes, 0], None, None)
+
+
+def test_what_a_network_does_not_tell_of_its_capsules_is_left_out_and_it_is_said(tmp_path, capsys):
+    shape = (16, 16, 1)
+    x, y = make_images(2, shape), np.array([0, 1], np.int32)
+    untold, plain = make_network(shape, 2, routing=Untold()), Plain(None, shape, 2)
+    for model, said, drawn in [
+        (untold, "no couplings: the routing of the last capsule layer does not tell them", True),
+        (plain, "no capsules: this network has none", False),
+    ]:
+        pictures.write_pictures(tmp_path, model, x, y, y, "01", [])
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "capsules.png").exists() == drawn
+        (tmp_path / "capsules.png").unlink(missing_ok=True)
