@@ -1,5 +1,6 @@
 """A network's capsules and its routing, measured on a data set in one call."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -124,19 +125,29 @@ class _Reduced(NamedTuple):
 
 
 def _observe_in_pieces(model: Network, images: np.ndarray, batch_size: int) -> _Reduced:
-    graphdef, variables = nnx.split(model)
-    pieces, room, size = [], _MOST_COUPLINGS, min(batch_size, len(images))
+    size = min(batch_size, len(images))
+    observe_lengths = partial(_observe_lengths, *nnx.split(model))
+    # Before the first piece, because long-lived arrays between its buffers would scatter memory.
+    whole = _allocate(jax.eval_shape(observe_lengths, images[:size]), len(images))
     for start in range(0, len(images), size):
-        rest = len(images) - start
         # The last piece is filled up, because one of another size would be compiled again.
         filled = images.take(range(start, start + size), 0, mode="wrap")
-        piece = jax.device_get(_observe_lengths(graphdef, variables, filled))
-        piece = jax.tree.map(lambda a, real=rest: a[:real], piece)
-        an_image = max(1, sum(c[0].size for c in piece.couplings))
-        kept = max(room // an_image, 0 if start else 1)  # of one image at least
-        pieces.append(piece._replace(couplings=[c[:kept] for c in piece.couplings]))
-        room -= an_image * size
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+        piece = jax.device_get(observe_lengths(filled))
+        for array, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece), strict=True):
+            array[start : start + size] = part[: max(0, len(array) - start)]
+    return whole
+
+
+def _allocate(piece: _Reduced, images: int) -> _Reduced:
+    """Makes arrays of the host for so many images; of couplings, for as many as there is room."""
+    numbers = sum(math.prod(couplings.shape[1:]) for couplings in piece.couplings)
+    kept = min(images, max(1, _MOST_COUPLINGS // max(1, numbers)))
+
+    def allocate(rows: int, shapes: Any) -> Any:
+        return jax.tree.map(lambda a: np.empty((rows, *a.shape[1:]), a.dtype), shapes)
+
+    scores, lengths = allocate(images, (piece.scores, piece.lengths))
+    return _Reduced(scores, lengths, allocate(kept, piece.couplings))
 
 
 @partial(jax.jit, static_argnums=0)
