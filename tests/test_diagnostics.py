@@ -301,6 +301,14 @@ def test_a_diagnosis_is_made_of_the_functions_whatever_the_size_of_its_pieces(ba
     assert found.couplings[-1].active > 0.1  # or the other numbers would be 0
 
 
+def test_a_network_in_bfloat16_is_measured_in_float32():
+    net, (x, y) = make_stack(), make_images()
+    found = diagnostics.diagnose(net, jnp.asarray(x / 255, jnp.bfloat16), y)
+    lengths = capsjax.length(diagnostics.observe(net, x).layers["lower"].inputs)
+    assert found.layers["primary"].mean.dtype == np.float32
+    np.testing.assert_allclose(found.layers["primary"].mean, lengths.mean(0), rtol=1e-2)
+
+
 @pytest.mark.parametrize("kept", [N_IMAGES // 2 + 3, 1])
 def test_of_more_couplings_than_memory_shall_hold_those_of_the_first_images_count(
     kept, monkeypatch

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from capsjax._labels import pick_highest, to_targets
-from capsjax._vectors import length
+from capsjax._vectors import at_least_float32, length
 from capsjax.diagnostics._capsules import ScoreHistogram, dead, score_histogram
 from capsjax.diagnostics._couplings import active, bonding, coupling_entropy, dynamics
 from capsjax.diagnostics._layers import observe
@@ -159,7 +159,8 @@ def _observe_lengths(graphdef: nnx.GraphDef, variables: nnx.State, images: jax.A
     if states:
         lengths = OrderedDict(primary=[length(states[0].inputs)]) | lengths
     couplings = [c for state in states[-1:] for c in state.couplings if c.shape[-2] > 1]
-    return _Reduced(None if output.capsules is None else output.scores, lengths, couplings)
+    scores = None if output.capsules is None else output.scores
+    return jax.tree.map(at_least_float32, _Reduced(scores, lengths, couplings))
 
 
 def _find_scores(whole: _Reduced) -> list[np.ndarray]:

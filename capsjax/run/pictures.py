@@ -15,6 +15,7 @@ import capsjax
 from capsjax import diagnostics, viz
 from capsjax._files import write_atomically
 from capsjax._pixels import to_unit_interval
+from capsjax.run.machine import return_freed_memory
 
 OFFSETS = np.arange(-5, 6) * 0.05  # Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, figure 4
 DIAGNOSED = 1000  # images, which take a few seconds on a CPU
@@ -75,6 +76,7 @@ def _write_capsules(
         print("pictures  no capsules: an ensemble has those of several networks")
         return
     found = diagnostics.diagnose(model, images, labels)
+    return_freed_memory()  # what the diagnosis used
     if not found.scores:
         print("pictures  no capsules: this network has none")
         return
