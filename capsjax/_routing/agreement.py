@@ -105,7 +105,8 @@ def routing_state(
     *lead, j, i, d = votes.shape
     inputs = votes, as_bias("routing", bias, "[j, d]", (j, d), len(lead) + 2)
 
-    b, c = jnp.zeros((*lead, j, i)), jnp.full((*lead, j, i), 1 / (j + leak))
+    dtype = jnp.promote_types(votes.dtype, jnp.float32)
+    b, c = jnp.zeros((*lead, j, i), dtype), jnp.full((*lead, j, i), 1 / (j + leak), dtype)
     for iteration in range(routings):
         last = iteration == routings - 1
         u_hat, beta = inputs if last or not stop_gradient else lax.stop_gradient(inputs)

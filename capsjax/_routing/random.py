@@ -77,11 +77,16 @@ class Random:
 
     def __call__(self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
         """Routes [..., i, k] by W [j, i, d, k] to [..., j, d]."""
-        return random_routing(jax.random.key(self.seed), DenseVotes(u, weight), bias=bias)
+        return random_routing(self._key, DenseVotes(u, weight), bias=bias)
 
     def couplings(
         self, u: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None
     ) -> jax.Array:
         """Returns the couplings c [..., j, i], the same along all leading axes."""
         shape = (*jnp.shape(u)[:-2], *jnp.shape(weight)[:2])
-        return _draw_couplings(jax.random.key(self.seed), shape)
+        return _draw_couplings(self._key, shape)
+
+    @property
+    def _key(self) -> jax.Array:
+        # A saved network finds its couplings again, whichever generator JAX is set to.
+        return jax.random.key(self.seed, impl="threefry2x32")

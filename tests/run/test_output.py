@@ -140,6 +140,8 @@ def test_config_json_holds_every_setting_versions_device_revision_and_data(plain
             "batch_size": 10,
             "lr": 0.001,
             "lr_decay": 0.9,
+            "loss": "margin",
+            "margin_steps": 10_000,
             "lam_recon": 0.0005 * 100,
             "shift_pixels": 2,
             "rotation": 0,

@@ -44,7 +44,11 @@ def test_the_routing_that_a_preset_has_keeps_its_options(start):
 @pytest.mark.parametrize(
     ("network", "kind", "pictures"),
     [
-        ("efficient", capsjax.EfficientCapsNet, {"reconstructions.png", "perturbations.png"}),
+        (
+            "efficient",
+            capsjax.EfficientCapsNet,
+            {"capsules.png", "reconstructions.png", "perturbations.png"},
+        ),
         ("cnn", capsjax.CNN, set()),
     ],
 )
