@@ -25,7 +25,7 @@ class EfficientCapsNet(nn.Module):
             for number, stride in enumerate((1, 1, 1, 2))
         )
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(conv.out_channels, eps=1e-3, momentum=0.01) for conv in self.convs
+            nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01) for channels in (32, 64, 64, 128)
         )
         kernel = params["depthwise"].transpose(2, 0, 1)[:, None]  # [channel, 1, row, column]
         self.depthwise = nn.Conv2d(128, 128, kernel.shape[-1], groups=128)

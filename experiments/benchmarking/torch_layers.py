@@ -1,6 +1,7 @@
 """What the networks in PyTorch share: layers with the initial weights of capsjax, and losses."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ def make_parameter(array: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(np.array(array, np.float32, order="C")))
 
 
-def make_conv(params: Params, name: str, **options: int) -> nn.Conv2d:
+def make_conv(params: Params, name: str, **options: Any) -> nn.Conv2d:
     """Makes a convolution."""
     kernel = params[f"{name}.kernel"].transpose(3, 2, 0, 1)
     layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], **options)

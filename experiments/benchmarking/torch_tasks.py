@@ -28,7 +28,7 @@ def make_network_tasks(contender: Contender, inputs: Inputs) -> tuple[Any, Calla
     layout = torch.channels_last if contender.channels_last else torch.contiguous_format
     net = net.to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=contender.rewritten or None)
-    called = torch.compile(net) if contender.compiled else net
+    called: Any = torch.compile(net) if contender.compiled else net
     low = contender.dtype == "bfloat16"
 
     def train(pixels: np.ndarray, labels: np.ndarray) -> float:
