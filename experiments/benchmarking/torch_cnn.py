@@ -13,7 +13,7 @@ class CNN(nn.Module):
     def __init__(self, params: Params):
         super().__init__()
         self.convs = nn.ModuleList(
-            make_conv(params, f"convs.{number}", padding=1) for number in range(3)
+            make_conv(params, f"convs.{number}", padding="same") for number in range(3)
         )
         self.hidden, self.last = make_dense(params, "dense.0"), make_dense(params, "dense.1")
 
