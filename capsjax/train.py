@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jax.typing import ArrayLike
 
 from capsjax import sharding
@@ -226,7 +227,7 @@ def eval_step(
     return sums, output.predicted
 
 
-def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Callable, Callable]:
+def jit_steps(setup: Setup, mesh: Mesh) -> tuple[Wrapped, Wrapped]:
     """Compiles both steps for a mesh: the batch is split over it, all else is on every device.
 
     Args:

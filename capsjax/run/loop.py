@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.stages import Wrapped
 from tqdm import tqdm
 
 from capsjax import sharding
@@ -53,7 +54,6 @@ class Runner:
         collective = jax.process_count() > 1 and not plan.settings.run.testing
         self._signals = StopSignals(collective=collective)
         self._param_names: list[str] = []
-        self._compiling = True  # until the first step is done
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -113,13 +113,15 @@ class Runner:
         images, labels = self._test_set if train_indices is None else self._train_set
         indices = np.arange(len(labels), dtype=np.int32) if train_indices is None else train_indices
         state = jax.device_put(state, sharding.replicated(self.plan.mesh))
-        results = []
-        return_freed_memory()  # what training used
+        results: list[tuple[Sums, jax.Array]] = []
         for batch, counted in self._fill_batches(indices):
             if self._signals.stop():
                 raise Stopped(self._signals.status)
             placed = (sharding.place(self.plan.mesh, array) for array in (batch, counted))
-            results.append(self._evaluate(state, images, labels, *placed))
+            arguments = state, images, labels, *placed
+            if not results:
+                _compile(self._evaluate, *arguments)
+            results.append(self._evaluate(*arguments))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
         sums, predicted = zip(*jax.device_get(results), strict=True)
         metrics = average(jax.tree.map(lambda *values: sum(values), *sums))
@@ -145,6 +147,7 @@ class Runner:
         begin = time.perf_counter() - seconds
         with self._bar(epoch, first) as bar:
             order = sharding.place(plan.mesh, plan.epoch_order(epoch), axis=1)
+            _compile(self._train, state, self._key, *self._train_set, order)
             for number in range(first + 1, plan.steps + 1):
                 state, diagnostics = self._train(state, self._key, *self._train_set, order)
                 in_flight.append(diagnostics)
@@ -154,9 +157,6 @@ class Runner:
                 stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
-                if self._compiling:
-                    return_freed_memory()  # what compiling used
-                    self._compiling = False
                 seconds = time.perf_counter() - begin
                 if stop:
                     self._end(checkpoints, state, seconds)
@@ -257,6 +257,15 @@ class Runner:
     ) -> tuple[sharding.PlacedImages, jax.Array]:
         mesh = self.plan.mesh
         return sharding.replicate_images(mesh, images), sharding.replicate(mesh, labels)
+
+
+def _compile(step: Wrapped, *arguments: Any) -> None:
+    """Compiles a step unless it is compiled, then returns what compiling and other steps freed.
+
+    The step's own buffers would find no room in those pieces.
+    """
+    step.lower(*arguments).compile()
+    return_freed_memory()
 
 
 def _require_finite_losses(step: Any, metrics: Metrics, split: str = "") -> None:
