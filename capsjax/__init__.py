@@ -12,11 +12,13 @@ from capsjax._losses import (
 from capsjax._pretrained import pretrained
 from capsjax._primary import primary_capsules
 from capsjax._routing import (
+    EM,
     ROUTINGS,
     Agreement,
     Capsules,
     DenseVotes,
     EMState,
+    MatrixVotes,
     Random,
     Routing,
     RoutingState,
@@ -36,11 +38,13 @@ from capsjax._routing import (
     variational_routing,
 )
 from capsjax._vectors import length, squash, squash_exp
+from capsjax._windows import extract_windows, logsumexp_over_windows
 from capsjax.networks import (
     CNN,
     NETWORKS,
     CapsNet,
     EfficientCapsNet,
+    MatrixCapsNet,
     Network,
     Output,
     Prediction,
@@ -51,6 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CNN",
+    "EM",
     "NETWORKS",
     "ROUTINGS",
     "Agreement",
@@ -59,6 +64,8 @@ __all__ = [
     "DenseVotes",
     "EMState",
     "EfficientCapsNet",
+    "MatrixCapsNet",
+    "MatrixVotes",
     "Network",
     "Output",
     "Prediction",
@@ -76,7 +83,9 @@ __all__ = [
     "dense_capsules",
     "diagnostics",
     "em_routing",
+    "extract_windows",
     "length",
+    "logsumexp_over_windows",
     "margin_loss",
     "mask",
     "networks",

@@ -3,6 +3,7 @@
 Each function computes one example; `np.vectorize` loops over the leading axes.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.special import digamma
 
 def gaussian(x, mean, variance):
     """Computes log N(x; μ, σ²)."""
-    return -0.5 * ((x - mean) ** 2 / variance + math.log(2 * math.pi * variance))
+    return -0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))
 
 
 def softmax(logits):
@@ -53,6 +54,47 @@ def em_routing(votes, activations, beta_u, beta_a, routings, inverse_temperature
             logits[j] = inverse_temperature * (1 - 0.95 ** (step + 1)) * (beta_a[j] - cost)
     activations = np.array([math.exp(log_sigmoid(logit)) for logit in logits])
     return mean, activations, variance, shares
+
+
+# The same over windows: each child's responsibilities sum to 1 over the parents of all types at all
+# positions that see it (Gritzman, 2019).
+def conv_em_routing(
+    poses, activations, weight, size, strides, beta_u, beta_a, routings, temperature, floor, mass
+):
+    """Routes poses [y, x, i, d] by EM: poses, activations, responsibilities of each window."""
+    rows, columns, types, dim = poses.shape
+    side = math.isqrt(dim)
+    shape = tuple((n - size) // strides + 1 for n in (rows, columns)) + (len(weight),)
+    votes: dict = {parent: {} for parent in np.ndindex(shape)}
+    for (y, x, j), p, q, i in itertools.product(votes, range(size), range(size), range(types)):
+        child = (strides * y + p, strides * x + q, i)
+        pose = poses[child].reshape(side, side).T  # a pose is stored column by column
+        votes[y, x, j][child] = (pose @ weight[j, (p * size + q) * types + i]).T.ravel()
+    parents: dict = {child: [] for child in np.ndindex(rows, columns, types)}
+    for parent, of_parent in votes.items():
+        for child in of_parent:
+            parents[child].append(parent)
+    shares = {(p, child): 1 / len(some) for child, some in parents.items() for p in some}
+    mean, variance = np.zeros((*shape, dim)), np.zeros((*shape, dim))
+    logits = np.zeros(shape)
+    for step in range(routings):
+        for child, some in parents.items() if step else ():  # E-step
+            scores = [
+                log_sigmoid(logits[p]) + sum(gaussian(votes[p][child], mean[p], variance[p]))
+                for p in some
+            ]
+            for p, share in zip(some, softmax(scores) if some else (), strict=True):
+                shares[p, child] = share
+        for p, of_parent in votes.items():  # M-step
+            r = {child: shares[p, child] * activations[child] for child in of_parent}
+            total = sum(r.values())
+            mean[p] = sum(r[child] * of_parent[child] for child in r) / total
+            scatter = sum(r[child] * (of_parent[child] - mean[p]) ** 2 for child in r)
+            variance[p] = scatter / total + floor
+            cost = sum(beta_u[p[2]] + np.log(np.sqrt(variance[p]))) * mass * total
+            logits[p] = temperature * (1 - 0.95 ** (step + 1)) * (beta_a[p[2]] - cost)
+    windows = np.array([[shares[p, child] for child in votes[p]] for p in votes])
+    return mean, 1 / (1 + np.exp(-logits)), windows.reshape(*shape, -1)
 
 
 # Ribeiro, Leontidis, Kollias, 2020, the diagonal case.

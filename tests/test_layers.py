@@ -12,7 +12,7 @@ PACKAGE = Path(capsjax.__path__[0])
 EXPERIMENTS = PACKAGE.parent / "experiments"
 # A room is a file or a sub-package of capsjax; those on one line may not import each other.
 ORDER = [
-    {"_files", "_labels", "_host_memory", "_pixels", "_relu", "_trees", "_vectors"},
+    {"_files", "_labels", "_host_memory", "_pixels", "_relu", "_trees", "_vectors", "_windows"},
     {"_conv"},
     {"_decoder", "_losses", "_primary"},
     {"_routing", "data", "sharding"},
@@ -30,7 +30,7 @@ ORDER = [
 FLOOR = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 MATHEMATICS = [
     *("_conv", "_decoder", "_labels", "_losses", "_pixels", "_primary", "_relu", "_routing"),
-    "_vectors",
+    *("_vectors", "_windows"),
 ]
 
 

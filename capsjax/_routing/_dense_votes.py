@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from capsjax._routing._tiles import map_tiles, to_tiles
 from capsjax._routing._votes import check_capsule_layer, predictions
 from capsjax._vectors import float_dtype
 
@@ -78,27 +79,29 @@ class DenseVotes:
         return agreement.reshape(*self.u.shape[:-2], *agreement.shape[1:])
 
     def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
-        """Applies a function to the votes of one output capsule after the other.
+        """Applies a function to the votes of one output capsule after the other, tile by tile.
 
         Only the votes of one are ever in memory; the gradient computes them anew.
 
         Args:
-          function: of votes [..., i, d] in float32 and an element of each array.
-          *arrays: [j, ...].
+          function: of votes [i, d, b] in float32 and an element of each array.
+          *arrays: [t, j, ...].
 
         Returns:
-          Its results, stacked along a first axis j.
+          Its results, stacked along two first axes t and j.
         """
 
-        @jax.checkpoint
-        def of_output(weight: jax.Array, *elements: jax.Array) -> Any:
-            votes = jnp.einsum(
-                "...ik,idk->...id", self.u, weight, preferred_element_type=jnp.float32
-            )
-            return function(votes, *elements)
-
         weight = self.weight.astype(self.dtype)
-        return lax.map(lambda elements: of_output(*elements), (weight, *arrays))
+
+        def of_tile(u: jax.Array, *tile: jax.Array) -> Any:
+            @jax.checkpoint
+            def of_output(weight: jax.Array, *elements: jax.Array) -> Any:
+                votes = jnp.einsum("idk,ikb->idb", weight, u, preferred_element_type=jnp.float32)
+                return function(votes, *elements)
+
+            return lax.map(lambda elements: of_output(*elements), (weight, *tile))
+
+        return map_tiles(of_tile, to_tiles(self.u, 2), *arrays)
 
     def tree_flatten(self) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Returns the arrays."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from capsjax._routing._tiles import map_tiles, to_tiles
 from capsjax._vectors import at_least_float32, float_dtype
 
 
@@ -82,11 +83,13 @@ class Votes(Protocol):
         """Returns û_ji · v_j, [..., j, i], for vectors [..., j, d]."""
 
     def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
-        """Applies a function to the votes of one output capsule after the other.
+        """Applies a function to the votes of one output capsule after the other, tile by tile.
 
-        function(votes [..., i, d] in float32, *an element of each array [j, ...])
+        function(votes [i, d, b] in float32, *an element of each array [t, j, ...])
 
-        Returns its results, stacked along a first axis j.
+        `capsjax._routing._tiles` says what a tile t and its examples b are.
+
+        Returns its results, stacked along two first axes t and j.
         """
 
 
@@ -113,8 +116,10 @@ class ArrayVotes:
         return jnp.sum(at_least_float32(self.u_hat) * vectors[..., None, :], -1)
 
     def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
-        u_hat = jnp.moveaxis(at_least_float32(self.u_hat), -3, 0)
-        return lax.map(lambda of_output: function(*of_output), (u_hat, *arrays))
+        def of_tile(*tile: jax.Array) -> Any:
+            return lax.map(lambda of_output: function(*of_output), tile)
+
+        return map_tiles(of_tile, to_tiles(at_least_float32(self.u_hat), 3), *arrays)
 
 
 def as_votes(function: str, votes: ArrayLike | Votes) -> Votes:

@@ -1,13 +1,16 @@
 """EM routing: each output capsule is a Gaussian, fitted to the votes that it explains best."""
 
+import dataclasses
 import math
-from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from capsjax._routing._competition import Competition, OverWindows
+from capsjax._routing._gaussians import distances, moments
+from capsjax._routing._tiles import from_tiles, to_tiles
 from capsjax._routing._votes import Votes, as_activations, as_votes, check_iterations
 from capsjax._vectors import at_least_float32
 
@@ -31,6 +34,7 @@ def em_routing(
     inverse_temperature: ArrayLike = 0.01,
     min_variance: float = 1e-4,
     mass: float | None = None,
+    over_windows: OverWindows | None = None,
 ) -> EMState:
     """Routes by expectation maximisation (procedure 1): poses agree if they form a tight cluster.
 
@@ -40,7 +44,12 @@ def em_routing(
     E: R_ji = softmax_j(log a_j + Σ_d log N(V_jid; μ_jd, σ²_jd))
 
     The gradient flows through all of it. Votes are made for one output capsule after the other, so
-    that `DenseVotes` take 1/J of the memory.
+    that `MatrixVotes` and `DenseVotes` take 1/J of the memory.
+
+    Where output capsules at several positions compete for an input capsule, leading axes are
+    positions, i runs over the capsules of a window, and `over_windows` makes the softmax run over
+    the J types at every position whose window holds the input capsule; R begins at one over their
+    number.
 
     Args:
       votes: V [..., j, i, d], of any float dtype, an array or `DenseVotes`; computed in float32.
@@ -53,6 +62,8 @@ def em_routing(
       min_variance: is added to σ², which is 0 for a capsule with a single vote.
       mass: weighs Σ_i r_ji, so that one λ suits layers with many votes per output capsule and with
         few; None: 100 J / I. 1: as in the paper.
+      over_windows: `capsjax.logsumexp_over_windows` with the size and the stride of the windows;
+        None: each input capsule has its J output capsules for itself.
 
     Returns:
       An `EMState`, in float32: `poses`, `activations`, `variances` and `responsibilities`.
@@ -76,48 +87,86 @@ def em_routing(
     votes = as_votes("em_routing", votes)
     check_iterations("em_routing", routings)
     *lead, j, i, _ = votes.shape
-    a = as_activations("em_routing", activations, votes)
-    beta_u, beta_a = _as_beta("beta_u", beta_u, j), _as_beta("beta_a", beta_a, j)
+    a = to_tiles(as_activations("em_routing", activations, votes), 1)  # [i, b]
+    beta_u, beta_a = _as_beta("beta_u", beta_u, j), _as_beta("beta_a", beta_a, j)  # [j, 1]
     mass = 100 * j / max(i, 1) if mass is None else mass
-    fit = partial(_fit, min_variance=min_variance, mass=mass)
+    competition = Competition(lead, over_windows)
+
+    def fit(votes: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, variance = moments(votes, weights)
+        variance += min_variance
+        return mean, variance, distances(votes, mean, 1 / variance)
 
     def maximise(shares: jax.Array, step: int) -> tuple[EMState, jax.Array]:
         """Does an M-step, and returns the next log R as well, not yet normalised."""
-        means, variances, costs, densities = votes.map_outputs(fit, shares * a[None], beta_u)
-        scale = jnp.asarray(inverse_temperature) * (1 - 0.95**step)
-        logits = scale * (beta_a.reshape(j, *(1 for _ in lead)) - costs)
+        weights = shares * a[:, None]  # r [t, j, i, b]
+        means, variances, squares = votes.map_outputs(fit, weights)
+        cost = jnp.sum(beta_u[..., None] + jnp.log(variances) / 2, 2) * mass * jnp.sum(weights, 2)
+        logits = jnp.asarray(inverse_temperature) * (1 - 0.95**step) * (beta_a - cost)  # [j, b]
+        log_scale = jnp.sum(jnp.log(2 * math.pi * variances), 2)
+        densities = -(squares + log_scale[:, :, None]) / 2  # log N [j, i, b]
         state = EMState(
-            poses=jnp.moveaxis(means, 0, -2),
-            activations=jnp.moveaxis(jax.nn.sigmoid(logits), 0, -1),
-            variances=jnp.moveaxis(variances, 0, -2),
-            responsibilities=jnp.moveaxis(shares, 0, -2),
+            *(from_tiles(x, lead) for x in (means, jax.nn.sigmoid(logits), variances, shares))
         )
-        return state, jax.nn.log_sigmoid(logits)[..., None] + densities
+        return state, jax.nn.log_sigmoid(logits)[:, :, None] + densities
 
-    state, scores = maximise(jnp.full((j, *lead, i), 1 / j), 1)
+    state, scores = maximise(competition.begin(j, i), 1)
     for step in range(2, routings + 1):
-        state, scores = maximise(jax.nn.softmax(scores, 0), step)
+        state, scores = maximise(competition.share(scores), step)
     return state
-
-
-def _fit(
-    votes: jax.Array, weights: jax.Array, beta_u: jax.Array, *, min_variance: float, mass: float
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Fits the Gaussian of one output capsule to votes [..., i, d], weighted by r [..., i].
-
-    Returns its mean and variance [..., d], its cost [...], and each vote's log-density [..., i].
-    """
-    total = jnp.sum(weights, -1)
-    parts = (weights / (total[..., None] + 1e-9))[..., None]  # no votes: mean 0, least variance
-    mean = jnp.sum(parts * votes, -2)
-    squares = jnp.square(votes - mean[..., None, :])
-    variance = jnp.sum(parts * squares, -2) + min_variance
-    cost = jnp.sum(beta_u + jnp.log(variance) / 2, -1) * mass * total
-    terms = squares / variance[..., None, :] + jnp.log(2 * math.pi * variance)[..., None, :]
-    return mean, variance, cost, -jnp.sum(terms, -1) / 2
 
 
 def _as_beta(name: str, beta: ArrayLike, j: int) -> jax.Array:
     if jnp.shape(beta) != (j,):
         raise ValueError(f"em_routing: expected {name} [j] = [{j}], got {[*jnp.shape(beta)]}")
-    return at_least_float32(jnp.asarray(beta))
+    return at_least_float32(jnp.asarray(beta))[None, :, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EM:
+    """EM routing as a value that layers of poses and activations take.
+
+    Args:
+      iterations: of procedure 1, an int of 1 or more.
+      inverse_temperature: the limit of λ, as in `capsjax.em_routing`.
+
+    Raises:
+      ValueError: if `iterations` is not an int of 1 or more.
+
+    Example:
+      >>> from flax import nnx
+      >>> import capsjax
+      >>> layer = capsjax.nn.EMCaps(16, 10, routing=capsjax.EM(iterations=2), rngs=nnx.Rngs(0))
+      >>> layer.routing.iterations
+      2
+
+    References:
+      As `capsjax.em_routing`.
+    """
+
+    name: ClassVar[str] = "em"
+    iterations: int = 3
+    inverse_temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_iterations("em_routing", self.iterations)
+
+    def __call__(
+        self,
+        votes: ArrayLike | Votes,
+        activations: ArrayLike,
+        *,
+        beta_u: ArrayLike,
+        beta_a: ArrayLike,
+        over_windows: OverWindows | None = None,
+    ) -> EMState:
+        """Routes votes [..., j, i, d] and activations [..., i] as `em_routing` does."""
+        return em_routing(
+            votes,
+            activations,
+            beta_u=beta_u,
+            beta_a=beta_a,
+            routings=self.iterations,
+            inverse_temperature=self.inverse_temperature,
+            over_windows=over_windows,
+        )

@@ -1,7 +1,6 @@
 """Variational routing: EM routing with priors, so that no cluster collapses onto one vote."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,9 @@ import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
+from capsjax._routing._competition import Competition, OverWindows
+from capsjax._routing._gaussians import distances, moments
+from capsjax._routing._tiles import from_tiles, to_tiles
 from capsjax._routing._votes import Votes, as_activations, as_votes, check_iterations
 
 
@@ -28,6 +30,7 @@ def variational_routing(
     prior_counts: float = 1.0,
     prior_mean_counts: float = 1.0,
     prior_scale: float = 1.0,
+    over_windows: OverWindows | None = None,
 ) -> VariationalState:
     """Routes by variational Bayes: a mixture of Gaussians of diagonal precision, with priors.
 
@@ -49,6 +52,7 @@ def variational_routing(
       prior_counts: α₀, the votes with which each output capsule begins.
       prior_mean_counts: κ₀, the votes that a mean of 0 is worth.
       prior_scale: Ψ₀, the scatter of those votes in each dimension.
+      over_windows: as in `capsjax.em_routing`.
 
     Returns:
       A `VariationalState`, in float32.
@@ -70,42 +74,33 @@ def variational_routing(
     votes = as_votes("variational_routing", votes)
     check_iterations("variational_routing", routings)
     *lead, j, i, d = votes.shape
-    a = as_activations("variational_routing", activations, votes)
-    fit = partial(_fit, kappa=prior_mean_counts, psi=prior_scale)
+    a = to_tiles(as_activations("variational_routing", activations, votes), 1)  # [i, b]
+    competition = Competition(lead, over_windows)
+
+    def fit(votes: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Updates the posterior of one output capsule: m and P [d, b], expected distances."""
+        n = jnp.sum(weights, 0, keepdims=True)
+        mu, variance = moments(votes, weights)  # no votes: the prior's mean
+        kappa, nu = prior_mean_counts + n, d + 1 + n
+        scale = prior_scale + n * variance + prior_mean_counts * n / kappa * jnp.square(mu)
+        mean = n / kappa * mu
+        return mean, scale, d / kappa + distances(votes, mean, nu / scale)
 
     def update(shares: jax.Array) -> tuple[VariationalState, jax.Array]:
         """Updates the mixture, and returns the next log R as well, not yet normalised."""
-        means, log_precision, distances = votes.map_outputs(fit, shares * a[None])
-        alpha = prior_counts + jnp.sum(shares * a[None], -1)
-        log_pi = digamma(alpha) - digamma(jnp.sum(alpha, 0, keepdims=True))
+        weights = shares * a[:, None]  # r [t, j, i, b]
+        means, scales, expected = votes.map_outputs(fit, weights)
+        n = jnp.sum(weights, 2)  # [t, j, b]
+        alpha = prior_counts + n
+        log_pi = digamma(alpha) - digamma(jnp.sum(alpha, 1, keepdims=True))
+        halves = (d + 1 + n[:, :, None] - jnp.arange(d)[None, None, :, None]) / 2
+        log_precision = jnp.sum(digamma(halves) - jnp.log(scales), 2) + d * math.log(2)
         entropy = (d * math.log(2 * math.pi * math.e) - log_precision) / 2
-        state = VariationalState(
-            poses=jnp.moveaxis(means, 0, -2),
-            evidence=jnp.moveaxis(-jnp.exp(log_pi) * entropy, 0, -1),
-            responsibilities=jnp.moveaxis(shares, 0, -2),
-        )
-        return state, (log_pi + log_precision / 2)[..., None] - distances / 2
+        evidence = -jnp.exp(log_pi) * entropy
+        state = VariationalState(*(from_tiles(x, lead) for x in (means, evidence, shares)))
+        return state, (log_pi + log_precision / 2)[:, :, None] - expected / 2
 
-    state, scores = update(jnp.full((j, *lead, i), 1 / j))
+    state, scores = update(competition.begin(j, i))
     for _ in range(routings - 1):
-        state, scores = update(jax.nn.softmax(scores, 0))
+        state, scores = update(competition.share(scores))
     return state
-
-
-def _fit(
-    votes: jax.Array, weights: jax.Array, *, kappa: float, psi: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates the posterior of one output capsule by votes [..., i, d], weighted by r [..., i].
-
-    Returns its mean m [..., d], log|Λ| [...], and each vote's expected distance [..., i].
-    """
-    d, total = votes.shape[-1], jnp.sum(weights, -1)
-    n = total[..., None]
-    mu = jnp.sum(weights[..., None] * votes, -2) / (n + 1e-9)  # no votes: the prior's mean
-    scatter = jnp.sum(weights[..., None] * jnp.square(votes - mu[..., None, :]), -2)
-    scale = psi + scatter + kappa * n / (kappa + n) * jnp.square(mu)
-    mean, nu = n / (kappa + n) * mu, d + 1 + n
-    halves = (nu - jnp.expand_dims(jnp.arange(d), range(total.ndim))) / 2
-    log_precision = jnp.sum(digamma(halves) - jnp.log(scale), -1) + d * math.log(2)
-    squares = jnp.square(votes - mean[..., None, :]) / scale[..., None, :]
-    return mean, log_precision, d / (kappa + n) + nu * jnp.sum(squares, -1)

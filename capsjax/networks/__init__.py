@@ -11,11 +11,13 @@ from capsjax.networks._network import (
 from capsjax.networks.capsnet import CapsNet, CapsNetConfig
 from capsjax.networks.cnn import CNN, CNNConfig
 from capsjax.networks.efficient import EfficientCapsNet, EfficientCapsNetConfig
+from capsjax.networks.matrix import MatrixCapsNet, MatrixCapsNetConfig
 
 # By the name that a saved network stores. A network of your own joins with
 # `capsjax.NETWORKS[MyConfig.name] = MyConfig`.
 NETWORKS: dict[str, type[NetworkConfig]] = {
-    kind.name: kind for kind in (CapsNetConfig, EfficientCapsNetConfig, CNNConfig)
+    kind.name: kind
+    for kind in (CapsNetConfig, EfficientCapsNetConfig, MatrixCapsNetConfig, CNNConfig)
 }
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "EfficientCapsNet",
     "EfficientCapsNetConfig",
     "Ensemble",
+    "MatrixCapsNet",
+    "MatrixCapsNetConfig",
     "Network",
     "NetworkConfig",
     "Output",
