@@ -7,12 +7,11 @@ from collections.abc import Callable
 import optax
 
 from capsjax._losses import Loss
-from capsjax._routing import EM, Agreement
+from capsjax._routing import Agreement
 from capsjax.networks import (
     CapsNetConfig,
     CNNConfig,
     EfficientCapsNetConfig,
-    MatrixCapsNetConfig,
     NetworkConfig,
 )
 from capsjax.networks.cnn import MNIST_BASELINE

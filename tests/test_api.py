@@ -26,12 +26,14 @@ FUNCTIONS = {
     "attention_routing": "(votes, routings=2, *, scale=None, offset=None)",
     "em_routing": (
         "(votes, activations, *, beta_u, beta_a, routings=3, inverse_temperature=0.01, "
-        "min_variance=0.0001, mass=None)"
+        "min_variance=0.0001, mass=None, over_windows=None)"
     ),
     "variational_routing": (
         "(votes, activations, *, routings=3, prior_counts=1.0, prior_mean_counts=1.0, "
-        "prior_scale=1.0)"
+        "prior_scale=1.0, over_windows=None)"
     ),
+    "extract_windows": "(u, size, strides=1)",
+    "logsumexp_over_windows": "(logs, size, strides=1)",
     "self_routing": "(votes, activations, logits)",
     "mask": "(capsules, labels=None)",
     "perturb": "(capsules, offsets)",

@@ -30,6 +30,10 @@ from capsjax.train import Diagnostics, Sums, TrainState, jit_steps, zero_sums
 # 16 such steps abort the process; two processes with two devices each hang.
 _IN_FLIGHT = 4
 
+# Steps after which freed memory is returned. Whatever small the first ones leave behind lies in the
+# room of their large buffers, so that those of the next step do not fit there and take new room.
+_SETTLING = 4
+
 
 class Diverged(ArithmeticError):
     """A number that training depends on is no longer finite."""
@@ -123,6 +127,8 @@ class Runner:
                 _compile(self._evaluate, *arguments)
             results.append(self._evaluate(*arguments))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
+            if len(results) <= _SETTLING:
+                return_freed_memory()
         sums, predicted = zip(*jax.device_get(results), strict=True)
         metrics = average(jax.tree.map(lambda *values: sum(values), *sums))
         split = "test" if train_indices is None else "validation"
@@ -157,6 +163,8 @@ class Runner:
                 stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
+                if number <= first + _SETTLING:
+                    return_freed_memory()
                 seconds = time.perf_counter() - begin
                 if stop:
                     self._end(checkpoints, state, seconds)
@@ -260,10 +268,11 @@ class Runner:
 
 
 def _compile(step: Wrapped, *arguments: Any) -> None:
-    """Compiles a step unless it is compiled, then returns what compiling and other steps freed.
+    """Compiles a step unless it is compiled, and returns what other steps and compiling freed.
 
     The step's own buffers would find no room in those pieces.
     """
+    return_freed_memory()
     step.lower(*arguments).compile()
     return_freed_memory()
 
