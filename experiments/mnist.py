@@ -16,7 +16,7 @@ JAX 0.12, float32) and ends with a test error of 1.25 %. The paper reports 0.25 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.
 """
 
-from capsjax.presets import BEST, CNN, CNN_PAPER, EFFICIENT, PAPER, SEED
+from capsjax.presets import BEST, CNN, CNN_PAPER, EFFICIENT, MATRIX, PAPER, SEED
 from capsjax.run import Experiment, main
 
 MNIST = Experiment(
@@ -26,6 +26,7 @@ MNIST = Experiment(
         "paper": PAPER,  # the authors' released code
         "best": BEST,  # seed with warped images and averaged weights
         "efficient": EFFICIENT,  # Efficient-CapsNet, trained as best trains CapsNet
+        "matrix": MATRIX,  # matrix capsules with EM routing
         "cnn": CNN,  # without capsules, trained as best trains CapsNet
         "cnn-paper": CNN_PAPER,  # the baseline of the authors' paper, without capsules
     },

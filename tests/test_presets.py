@@ -20,6 +20,7 @@ from capsjax.presets import (
     CNN,
     CNN_PAPER,
     EFFICIENT,
+    MATRIX,
     PAPER,
     PRESETS,
     SEED,
@@ -71,6 +72,7 @@ def test_every_array_has_its_shape_and_all_their_number(preset, more, count):
 
 def test_the_presets_are_there_by_name():
     capsules = {"seed": SEED, "paper": PAPER, "best": BEST, "efficient": EFFICIENT}
+    capsules["matrix"] = MATRIX
     assert capsules | {"cnn": CNN, "cnn-paper": CNN_PAPER} == PRESETS
 
 
@@ -282,9 +284,8 @@ def test_training_takes_the_ends_of_its_ranges():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_network_is_read_from_its_file(name, tmp_path):
     config: Any = PRESETS[name].network
-    config = dataclasses.replace(
-        config, **SMALLER if config.name == "capsnet" else {"hidden": (4,)}
-    )
+    sizes: dict[str, dict[str, Any]] = {"capsnet": SMALLER, "matrix": {}}
+    config = dataclasses.replace(config, **sizes.get(config.name, {"hidden": (4,)}))
     model = tiny.draw_arrays(lambda: config.build(MNIST, 10, rngs=nnx.Rngs(0)))
     weights.save(model, tmp_path / "net.safetensors", {"preset": name})
     about = weights.describe(tmp_path / "net.safetensors")

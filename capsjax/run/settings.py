@@ -29,9 +29,9 @@ class Recipe:
     """The preset gives the defaults here and of the training options: try --preset paper --help."""
 
     preset: str = "seed"
-    """seed: as most others. paper, cnn-paper: the authors'. best, efficient, cnn: warped images."""
+    """seed: as most others. paper, cnn-paper: the authors'. Others: what paid; see the README."""
     network: str | None = None
-    """capsnet, efficient or cnn: chooses the first preset with it. None: --preset tells it."""
+    """capsnet, efficient, matrix or cnn: chooses its first preset. None: --preset tells it."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from capsjax.run import loop, main, pictures
+from hooks import stand_in
 from tiny_run import EXPERIMENT
 
 
@@ -35,7 +36,10 @@ def train_slowly(seconds: float, args: list[str]) -> None:
 
     def jit_slow_steps(*args: Any) -> tuple[Callable, Callable]:
         train, evaluate = jit_steps(*args)
-        return slow_down(train, "trains", seconds), slow_down(evaluate, "evaluates", seconds)
+        return (
+            stand_in(train, slow_down(train, "trains", seconds)),
+            stand_in(evaluate, slow_down(evaluate, "evaluates", seconds)),
+        )
 
     draw = slow_down(pictures.write_pictures, "draws", seconds)
     with (

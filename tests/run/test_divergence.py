@@ -11,7 +11,7 @@ import pytest
 from capsjax import weights
 from capsjax.run import loop
 from capsjax.train import jit_steps
-from hooks import after_step
+from hooks import after_step, stand_in
 from tiny_run import STEPS, list_steps, read_arrays, read_rows, run_command
 
 
@@ -26,7 +26,7 @@ def spoil_step(number, spoil):
                 state, images = spoil(state, images, order[state.step % len(order)])
             return train(state, key, images, labels, order)
 
-        return train_spoiled, evaluate
+        return stand_in(train, train_spoiled), evaluate
 
     return mock.patch.object(loop, "jit_steps", jit_spoiled_steps)
 
@@ -138,7 +138,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_before_its_checkpoint(st
                 sums, predicted = step(*args)
                 return sums._replace(losses=sums.losses | {"margin": np.nan}), predicted
 
-            self._evaluate = spoiled_step
+            self._evaluate = stand_in(step, spoiled_step)
         return evaluate(self, state, train_indices)
 
     with mock.patch.object(loop.Runner, "evaluate", evaluate_spoiled):

@@ -49,6 +49,7 @@ def test_the_routing_that_a_preset_has_keeps_its_options(start):
             capsjax.EfficientCapsNet,
             {"capsules.png", "reconstructions.png", "perturbations.png"},
         ),
+        ("matrix", capsjax.MatrixCapsNet, {"capsules.png"}),
         ("cnn", capsjax.CNN, set()),
     ],
 )
@@ -81,13 +82,18 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"network": "best"}, "--network must be 'capsnet' or 'efficient' or 'cnn', got 'best'"),
+        (
+            {"network": "best"},
+            "--network must be 'capsnet' or 'efficient' or 'matrix' or 'cnn', got 'best'",
+        ),
+        ({"network": "matrix", "routing": "uniform"}, "of poses and activations take a number of"),
+        ({"routing": "em"}, "expected a number of iterations or a routing"),
         ({"network": "cnn", "routings": 3}, "--routings 3: the network cnn has no field routing"),
         ({"network": "cnn", "routing": "uniform"}, "the network cnn has no field routing"),
         ({"network": "efficient", "preset": "best"}, "--network efficient, but the network of --p"),
         (
             {"routing": "best"},
-            "--routing is one of agreement, uniform, random, self_attention, got",
+            "--routing is one of agreement, uniform, random, self_attention, em, got",
         ),
         (
             {"routing": "uniform", "routings": 3},

@@ -22,21 +22,23 @@ from data_files import digits, write_npz
 # 60 training images in batches of 10 are six steps an epoch.
 STEPS = 6
 SIZES: dict[str, dict[str, Any]] = {
-    "capsnet": {"channels": 4, "kernel_size": 3, "types": 2, "dim_class": 4},
+    "capsnet": {"channels": 4, "kernel_size": 3, "types": 2, "dim_class": 4, "hidden": (8,)},
     "efficient": {
         "channels": (4, 8),
         "kernel_sizes": (3, 3),
         "strides": (1, 2),
         "dim_primary": 4,
         "dim_class": 4,
+        "hidden": (8,),
     },
-    "cnn": {"channels": (4, 8), "kernel_sizes": (3, 3)},
+    "matrix": {"channels": 4, "types": (2, 3), "kernel_sizes": (3, 3), "strides": (2, 1)},
+    "cnn": {"channels": (4, 8), "kernel_sizes": (3, 3), "hidden": (8,)},
 }
 EXPERIMENT = Experiment(
     presets={
         name: dataclasses.replace(
             preset,
-            network=dataclasses.replace(preset.network, hidden=(8,), **SIZES[preset.network.name]),
+            network=dataclasses.replace(preset.network, **SIZES[preset.network.name]),
             training=dataclasses.replace(preset.training, epochs=2, batch_size=10),
         )
         for name, preset in presets.PRESETS.items()
