@@ -175,6 +175,66 @@ def test_a_routing_without_iterations_is_measured_once_if_it_tells_its_couplings
     assert (len(found.scores), len(found.couplings)) == (1, told)
 
 
+def make_matrix() -> capsjax.MatrixCapsNet:
+    sizes = {"channels": 4, "types": (2, 3), "kernel_sizes": (3, 2), "strides": (2, 1)}
+    return draw_arrays(
+        lambda: capsjax.MatrixCapsNet(IMAGE, NUM_CLASSES, routing=2, **sizes, rngs=nnx.Rngs(0))
+    )
+
+
+def test_observing_capsules_of_poses_shows_em_after_each_iteration():
+    net, (x, y) = make_matrix(), make_images()
+    output, layers = diagnostics.observe(net, x)
+    assert list(layers) == ["conv_caps.0", "class_caps"]
+    conv, last = layers.values()
+    assert conv.inputs.poses.shape == (len(x), 2, 2, 8, 16)  # windows of 2 × 2, 2 types
+    assert conv.outputs[-1].activations.shape == (len(x), 2, 2, 3)
+    assert conv.couplings == ()
+    np.testing.assert_array_equal(output.scores, last.outputs[-1].activations)
+    np.testing.assert_allclose(last.couplings[0], 1 / NUM_CLASSES, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(last.couplings[1], 1), 1, rtol=1e-5)
+    net.class_caps.routing = capsjax.EM(iterations=1)
+    np.testing.assert_allclose(
+        capsjax.predict(net, x).scores, last.outputs[0].activations, rtol=1e-5
+    )
+    found = diagnostics.diagnose(make_matrix(), x, y)
+    assert list(found.layers) == ["primary", "conv_caps.0", "class_caps"]
+    assert len(found.scores) == len(found.couplings) == 2
+    activations = last.outputs[-1].activations
+    np.testing.assert_allclose(found.layers["class_caps"].mean, activations.mean(0), rtol=1e-4)
+    assert found.couplings[0].entropy == pytest.approx(1, rel=1e-5)
+
+
+class Positions(capsjax.Network):
+    """Capsules at every position, then those of the classes."""
+
+    def __init__(self, config, image_shape, num_classes, rngs):
+        super().__init__(config, image_shape, num_classes)
+        self.conv_caps = capsjax.nn.ConvCaps(1, 4, 3, 4, 2, strides=2, rngs=rngs)
+        self.class_caps = capsjax.nn.ConvCaps(3, 4, num_classes, 4, 2, rngs=rngs)
+
+    def __call__(self, images, labels=None):
+        u = images.reshape(*images.shape[:-2], -1, 1, 4)  # four neighbours in a row
+        u = u.repeat(4, -3)
+        v = self.class_caps(self.conv_caps(u))[..., 0, 0, :, :]
+        return capsjax.Output(capsjax.length(v), v, None)
+
+
+def test_capsules_of_a_convolutional_layer_are_those_at_each_position():
+    net, (x, y) = (
+        draw_arrays(lambda: Positions(None, IMAGE, NUM_CLASSES, nnx.Rngs(0))),
+        make_images(),
+    )
+    weight = net.conv_caps.weight
+    weight[...] = weight[...].at[1].set(0)
+    found = diagnostics.diagnose(net, x, y)
+    assert found.layers["primary"].mean.shape == (3, 3, 9)
+    expected = np.broadcast_to(np.arange(3) == 1, (3, 3, 3))
+    np.testing.assert_array_equal(found.layers["conv_caps"].dead, expected)
+    assert len(found.couplings) == 2
+    assert found.couplings[0].entropy == pytest.approx(1, rel=1e-5)
+
+
 class Pixels(capsjax.Network):
     """Scores the classes by a few pixels: no capsule layer."""
 

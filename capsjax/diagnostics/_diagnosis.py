@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from capsjax._labels import pick_highest, to_targets
+from capsjax._routing import Capsules
 from capsjax._vectors import at_least_float32, length
 from capsjax.diagnostics._capsules import ScoreHistogram, dead, score_histogram
 from capsjax.diagnostics._couplings import active, bonding, coupling_entropy, dynamics
@@ -39,9 +40,9 @@ class CouplingStatistics(NamedTuple):
 
 
 class LayerActivations(NamedTuple):
-    """The capsules of a layer."""
+    """The capsules of a layer; of a convolutional one, those at each position: [y, x, i]."""
 
-    mean: np.ndarray  # [i], of |u| over the images
+    mean: np.ndarray  # [i], of |u| or the activations over the images
     dead: np.ndarray  # bool [i]
 
 
@@ -55,7 +56,7 @@ class Diagnosis(NamedTuple):
       couplings: of the last capsule layer, in each iteration; empty if its routing does not tell
         them or there is a single output capsule.
       layers: by name, in order: "primary", the inputs of the first capsule layer, then the outputs
-        of each.
+        of each. Inputs of a convolutional layer are those of its windows, which may overlap.
     """
 
     images: int
@@ -120,7 +121,7 @@ class _Reduced(NamedTuple):
     """What is kept of an `Observation`, on the device or on the host."""
 
     scores: Any  # [n, j], of the network; None if it has no capsules
-    lengths: OrderedDict[str, list[Any]]  # [n, i], by layer and iteration
+    lengths: OrderedDict[str, list[Any]]  # [n, ..., i], by layer and iteration
     couplings: list[Any]  # [n, j, i], of the last layer, by iteration
 
 
@@ -155,12 +156,17 @@ def _observe_lengths(graphdef: nnx.GraphDef, variables: nnx.State, images: jax.A
     """Observes lengths in place of capsules, and the couplings of the last layer alone."""
     output, layers = observe(nnx.merge(graphdef, variables), images)
     states = [*layers.values()]
-    lengths = OrderedDict((name, [*map(length, state.outputs)]) for name, state in layers.items())
+    lengths = OrderedDict((name, [*map(_measure, state.outputs)]) for name, state in layers.items())
     if states:
-        lengths = OrderedDict(primary=[length(states[0].inputs)]) | lengths
+        lengths = OrderedDict(primary=[_measure(states[0].inputs)]) | lengths
     couplings = [c for state in states[-1:] for c in state.couplings if c.shape[-2] > 1]
     scores = None if output.capsules is None else output.scores
     return jax.tree.map(at_least_float32, _Reduced(scores, lengths, couplings))
+
+
+def _measure(capsules: jax.Array | Capsules) -> jax.Array:
+    """Returns the activations [..., i] of capsules, which are the lengths of vectors."""
+    return capsules.activations if isinstance(capsules, Capsules) else length(capsules)
 
 
 def _find_scores(whole: _Reduced) -> list[np.ndarray]:
@@ -183,6 +189,7 @@ def _measure_scores(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, Sc
 
 @jax.jit  # fused, because op by op each step would make an array as large as the couplings
 def _measure_couplings(couplings: jax.Array) -> tuple[jax.Array, ...]:
+    couplings = couplings.reshape(-1, *couplings.shape[-2:])  # each position as an example
     entropy = jnp.mean(coupling_entropy(couplings))
     share = jnp.mean(jnp.any(active(couplings), -2))
     return entropy, share, bonding(couplings), dynamics(couplings)

@@ -12,16 +12,16 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from capsjax._pixels import to_unit_interval
-from capsjax._routing import Routing
+from capsjax._routing import EM, Capsules, EMState, MatrixVotes, Routing
 from capsjax.networks import Network, Output
-from capsjax.nn import DenseCaps
+from capsjax.nn import ConvCaps, ConvEMCaps, DenseCaps, EMCaps
 
 
 class LayerState(NamedTuple):
     """What a capsule layer received, and what each iteration of its routing made of it."""
 
-    inputs: jax.Array  # u [..., i, k]
-    outputs: tuple[jax.Array, ...]  # v [..., j, d]; the last is the layer's output
+    inputs: jax.Array | Capsules  # u [..., i, k]
+    outputs: tuple[jax.Array | Capsules, ...]  # v [..., j, d]; the last is the layer's output
     couplings: tuple[jax.Array, ...]  # c [..., j, i]; empty if the routing does not tell them
 
 
@@ -33,12 +33,14 @@ class Observation(NamedTuple):
 
 
 def observe(model: Network, images: ArrayLike) -> Observation:
-    """Looks into every `capsjax.nn.DenseCaps` of a network while it reads images.
+    """Looks into every layer of capsules of `capsjax.nn` while a network reads images.
 
     v = routing(u, W), c = routing.couplings(u, W), by a routing that stops after each iteration
 
     With `capsjax.Agreement` the first iteration has equal couplings: it is the layer without its
-    routing.
+    routing. In layers of poses and activations, u and v are `capsjax.Capsules` and c are the
+    responsibilities. In convolutional layers y and x are leading axes and i runs over the capsules
+    of a window.
 
     Args:
       model: any `Network`; it runs in evaluation mode (`eval()`).
@@ -47,7 +49,8 @@ def observe(model: Network, images: ArrayLike) -> Observation:
     Returns:
       `Observation`: the `Output`, and for each layer, by its name in the network, its inputs
       [..., i, k] and, after each iteration, outputs [..., j, d] and couplings [..., j, i]. A
-      routing without a field `iterations` has one iteration.
+      routing without a field `iterations` has one iteration. `ConvEMCaps` shows no couplings: there
+      an input capsule shares itself out among the windows that hold it.
 
     Raises:
       ValueError: if the images have another shape than the network's.
@@ -77,9 +80,12 @@ def _observe(graphdef: nnx.GraphDef, variables: nnx.State, images: jax.Array) ->
     model.eval()
     states: OrderedDict[str, LayerState] = OrderedDict()
     for path, layer in nnx.iter_modules(model):
-        if isinstance(layer, DenseCaps):  # it calls its routing with all that is to be seen
-            name = ".".join(map(str, path))
-            layer.routing = _watch(layer.routing, partial(states.__setitem__, name))
+        note = partial(states.__setitem__, ".".join(map(str, path)))
+        # Each calls its routing with all that is to be seen.
+        if isinstance(layer, DenseCaps | ConvCaps):
+            layer.routing = _watch(layer.routing, note)
+        elif isinstance(layer, EMCaps | ConvEMCaps):
+            layer.routing = _watch_em(layer.routing, note)
     return Observation(model(to_unit_interval(images)), states)
 
 
@@ -92,6 +98,21 @@ def _watch(routing: Routing, note: Callable[[LayerState], None]) -> Any:
         told = [stage.couplings for stage in stages if hasattr(stage, "couplings")]
         note(LayerState(u, outputs, tuple(couple(u, weight, bias) for couple in told)))
         return outputs[-1]
+
+    return route
+
+
+def _watch_em(routing: EM, note: Callable[[LayerState], None]) -> Any:
+    """Does the same for EM routing."""
+
+    def route(votes: MatrixVotes, activations: jax.Array, **options: Any) -> EMState:
+        stages = _stop_after_each_iteration(routing)
+        states = [stage(votes, activations, **options) for stage in stages]
+        outputs = tuple(Capsules(state.poses, state.activations) for state in states)
+        alone = options["over_windows"] is None
+        couplings = tuple(state.responsibilities for state in states if alone)
+        note(LayerState(Capsules(votes.poses, activations), outputs, couplings))
+        return states[-1]
 
     return route
 

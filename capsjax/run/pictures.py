@@ -81,7 +81,7 @@ def _write_capsules(
         print("pictures  no capsules: this network has none")
         return
     if not found.layers:
-        print("pictures  no capsules but those of the classes: this network has no nn.DenseCaps")
+        print("pictures  no capsules but those of the classes: no layer of capsjax.nn routes them")
     elif not found.couplings:
         print("pictures  no couplings: the routing of the last capsule layer does not tell them")
     write(viz.capsules(found, class_names), folder / "capsules.png")

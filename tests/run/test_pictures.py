@@ -117,7 +117,7 @@ def test_without_decode_perturbations_are_left_out_and_it_is_said(tmp_path, caps
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"perturbations.png"}
     printed = capsys.readouterr().out
     assert "no perturbations: Drawing does not define decode" in printed
-    assert "no capsules but those of the classes: this network has no nn.DenseCaps" in printed
+    assert "no capsules but those of the classes: no layer of capsjax.nn routes them" in printed
 
 
 @dataclasses.dataclass(frozen=True)
