@@ -60,7 +60,14 @@ SMALL = {  # sizes that train in a moment; a network that is not named here has 
         "dim_primary": 4,
         "hidden": (8,),
     },
-    "matrix": {"channels": 4, "types": (2, 3), "kernel_sizes": (3, 2), "strides": (2, 1)},
+    "matrix": {
+        "channels": 4,
+        "types": (2, 3),
+        "kernel_sizes": (3, 2),
+        "strides": (2, 1),
+        "side": 2,
+        "routing": 2,
+    },
     "cnn": {"channels": (4, 8), "kernel_sizes": (3, 3), "hidden": (8,)},
 }
 

@@ -103,9 +103,9 @@ class EfficientCapsNet(DrawingNetwork):
       >>> from flax import nnx
       >>> import capsjax
       >>> net = capsjax.EfficientCapsNet((20, 20, 3), num_classes=5, rngs=nnx.Rngs(0))
-      >>> output = net(jnp.ones((2, 20, 20, 3)))
-      >>> output.scores.shape, output.capsules.shape, output.reconstruction.shape
-      ((2, 5), (2, 5, 16), (2, 20, 20, 3))
+      >>> prediction = capsjax.predict(net, jnp.ones((2, 20, 20, 3)))
+      >>> prediction.scores.shape, prediction.reconstruction.shape
+      ((2, 5), (2, 20, 20, 3))
 
     References:
       Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet: Capsule Network with Self-Attention Routing",

@@ -86,11 +86,11 @@ class MatrixCapsNet(Network):
         called, if the images have another shape.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> import capsjax
       >>> net = capsjax.MatrixCapsNet((20, 20, 3), num_classes=5, channels=8, rngs=nnx.Rngs(0))
-      >>> output = net(jnp.ones((2, 20, 20, 3)))
+      >>> output = jax.eval_shape(net, jnp.ones((2, 20, 20, 3)))      # net(images) computes it
       >>> output.scores.shape, output.capsules.shape
       ((2, 5), (2, 5, 16))
 

@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dim_class": 4,
         "hidden": (8,),
     },
-    "matrix": {"channels": 4, "types": (2, 3), "kernel_sizes": (3, 3), "strides": (2, 1)},
+    "matrix": {"channels": 4, "types": (2, 2), "kernel_sizes": (3, 3), "strides": (2, 1)},
     "cnn": {"channels": (4, 8), "kernel_sizes": (3, 3), "hidden": (8,)},
 }
 EXPERIMENT = Experiment(
