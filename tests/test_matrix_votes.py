@@ -70,6 +70,7 @@ def test_em_routing_takes_votes_that_are_never_made(rng):
     activations = jnp.asarray(rng.uniform(0.1, 1, (2, N)), jnp.float32)
     beta = {"beta_u": jnp.zeros(J), "beta_a": jnp.zeros(J)}
     route = jax.jit(lambda votes: capsjax.em_routing(votes, activations, **beta))
+    np.testing.assert_allclose(np.asarray(votes), jnp.asarray(votes))
     for found, expected in zip(route(votes), route(jnp.asarray(votes)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 

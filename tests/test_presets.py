@@ -71,9 +71,9 @@ def test_every_array_has_its_shape_and_all_their_number(preset, more, count):
 
 
 def test_the_presets_are_there_by_name():
-    capsules = {"seed": SEED, "paper": PAPER, "best": BEST, "efficient": EFFICIENT}
-    capsules["matrix"] = MATRIX
-    assert capsules | {"cnn": CNN, "cnn-paper": CNN_PAPER} == PRESETS
+    capsnets = {"seed": SEED, "paper": PAPER, "best": BEST}
+    others = {"efficient": EFFICIENT, "matrix": MATRIX}
+    assert capsnets | others | {"cnn": CNN, "cnn-paper": CNN_PAPER} == PRESETS
 
 
 def test_best_trains_the_seeds_network_on_warped_images_and_averages_its_weights():

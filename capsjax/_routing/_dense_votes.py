@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax._routing._tiles import map_tiles, to_tiles
+from capsjax._routing._tiles import map_made_votes
 from capsjax._routing._votes import check_capsule_layer, predictions
 from capsjax._vectors import float_dtype
 
@@ -81,27 +81,13 @@ class DenseVotes:
     def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
         """Applies a function to the votes of one output capsule after the other, tile by tile.
 
-        Only the votes of one are ever in memory; the gradient computes them anew.
+        function(votes [i, d, b] in float32, *an element of each array [t, j, ...])
 
-        Args:
-          function: of votes [i, d, b] in float32 and an element of each array.
-          *arrays: [t, j, ...].
-
-        Returns:
-          Its results, stacked along two first axes t and j.
+        Only the votes of one are ever in memory; the gradient computes them anew. Returns its
+        results, stacked along two first axes t and j.
         """
-
-        weight = self.weight.astype(self.dtype)
-
-        def of_tile(u: jax.Array, *tile: jax.Array) -> Any:
-            @jax.checkpoint
-            def of_output(weight: jax.Array, *elements: jax.Array) -> Any:
-                votes = jnp.einsum("idk,ikb->idb", weight, u, preferred_element_type=jnp.float32)
-                return function(votes, *elements)
-
-            return lax.map(lambda elements: of_output(*elements), (weight, *tile))
-
-        return map_tiles(of_tile, to_tiles(self.u, 2), *arrays)
+        make = functools.partial(jnp.einsum, "idk,ikb->idb", preferred_element_type=jnp.float32)
+        return map_made_votes(make, self.weight.astype(self.dtype), self.u, function, *arrays)
 
     def tree_flatten(self) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Returns the arrays."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax._routing._tiles import from_tiles, map_tiles, to_tiles
+from capsjax._routing._tiles import from_tiles, map_made_votes, to_tiles
 from capsjax._vectors import at_least_float32, float_dtype
 
 
@@ -98,37 +99,29 @@ class MatrixVotes:
     def map_outputs(self, function: Callable, *arrays: jax.Array) -> Any:
         """Applies a function to the votes of one output capsule after the other, tile by tile.
 
-        Only the votes of one are ever in memory; the gradient computes them anew.
+        function(votes [i, d, b] in float32, *an element of each array [t, j, ...])
 
-        Args:
-          function: of votes [i, d, b] in float32 and an element of each array.
-          *arrays: [t, j, ...].
-
-        Returns:
-          Its results, stacked along two first axes t and j.
+        Only the votes of one are ever in memory; the gradient computes them anew. Returns its
+        results, stacked along two first axes t and j.
         """
-        side, weight = self.weight.shape[-1], at_least_float32(self.weight)
+        weight, poses = at_least_float32(self.weight), at_least_float32(self.poses)
+        return map_made_votes(self._make, weight, poses, function, *arrays)
 
-        def of_tile(poses: jax.Array, *tile: jax.Array) -> Any:
-            columns = poses.reshape(len(poses), side, -1)  # [i, column, row and example]
-
-            @jax.checkpoint
-            def of_output(weight: jax.Array, *elements: jax.Array) -> Any:
-                # Columns of M W are the columns of M, weighted by a column of W.
-                votes = _multiply(weight, columns).reshape(poses.shape)
-                # On a CPU the sums that follow, and both products of the gradient, are slow if XLA
-                # makes their operands within them.
-                votes = lax.optimization_barrier(votes)
-                if self.offset is not None:
-                    votes += at_least_float32(self.offset)[..., None]
-                return function(votes, *elements)
-
-            return lax.map(lambda elements: of_output(*elements), (weight, *tile))
-
-        return map_tiles(of_tile, to_tiles(at_least_float32(self.poses), 2), *arrays)
+    def _make(self, weight: jax.Array, poses: jax.Array) -> jax.Array:
+        """Makes the votes [i, d, b] of one output capsule for the poses [i, d, b] of a tile."""
+        # Columns of M W are the columns of M, weighted by a column of W.
+        columns = poses.reshape(len(poses), weight.shape[-1], -1)  # [i, column, row and example]
+        votes = _multiply(weight, columns).reshape(poses.shape)
+        # On a CPU the sums that follow, and both products of the gradient, are slow if XLA makes
+        # their operands within them.
+        votes = lax.optimization_barrier(votes)
+        return votes if self.offset is None else votes + at_least_float32(self.offset)[..., None]
 
     def __jax_array__(self) -> jax.Array:
         return from_tiles(self.map_outputs(lambda votes: votes), self.poses.shape[:-2])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.__jax_array__(), dtype)
 
     def tree_flatten(self) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], None]:
         """Returns the arrays."""

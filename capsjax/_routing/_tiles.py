@@ -36,6 +36,34 @@ def map_tiles(function: Callable, *arrays: jax.Array) -> Any:
     return lax.platform_dependent(*arrays, cpu=in_turn, default=jax.vmap(function))
 
 
+def map_made_votes(
+    make: Callable, weight: jax.Array, inputs: jax.Array, function: Callable, *arrays: jax.Array
+) -> Any:
+    """Makes the votes of one output capsule after the other, and applies a function to each.
+
+    Only the votes of one are ever in memory; the gradient computes them anew.
+
+    Args:
+      make: of a weight and the inputs of a tile; returns votes [i, d, b].
+      weight: [j, ...].
+      inputs: [..., i, k], of all examples.
+      function: of votes and an element of each array.
+      *arrays: [t, j, ...].
+
+    Returns:
+      Its results, stacked along two first axes t and j.
+    """
+
+    def of_tile(inputs: jax.Array, *tile: jax.Array) -> Any:
+        @jax.checkpoint
+        def of_output(weight: jax.Array, *elements: jax.Array) -> Any:
+            return function(make(weight, inputs), *elements)
+
+        return lax.map(lambda elements: of_output(*elements), (weight, *tile))
+
+    return map_tiles(of_tile, to_tiles(inputs, 2), *arrays)
+
+
 def _split(lead: Sequence[int]) -> tuple[int, int, int]:
     """Splits leading axes into those before the tiles, the tiles, and the one after them."""
     *outer, tiles, last = (1, 1, *lead)

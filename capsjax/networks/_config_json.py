@@ -60,14 +60,19 @@ def with_routing(config: Any, name: str) -> Any:
     """Returns a config with the routing of that name; one that has it already keeps its fields.
 
     Raises:
-      ValueError: if there is no such routing, or the network takes none.
+      ValueError: if there is no such routing, or the network does not take it.
     """
     known = getattr(getattr(config, "routing", None), "name", None)
     if known is None:
         raise ValueError(f"--routing {name}: the network {config.name} has no field routing")
     if name not in ROUTINGS:
         raise ValueError(f"--routing is one of {', '.join(ROUTINGS)}, got {name!r}")
-    return config if name == known else dataclasses.replace(config, routing=ROUTINGS[name]())
+    if name == known:
+        return config
+    try:
+        return dataclasses.replace(config, routing=ROUTINGS[name]())
+    except ValueError as error:
+        raise ValueError(f"--routing {name}: the network {config.name}: {error}") from error
 
 
 def with_iterations(config: Any, iterations: int) -> Any:

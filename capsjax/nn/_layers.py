@@ -260,8 +260,8 @@ def as_routing(routings: int | Routing) -> Routing:
     needed = hasattr(routings, "name") and hasattr(routings, "initial_bias")
     if isinstance(routings, type) or not needed or frozen is None or not frozen.frozen:
         raise ValueError(
-            "expected a number of iterations or a routing, an instance of a frozen dataclass with "
-            f"name, initial_bias and __call__, got {routings!r}"
+            "layers of vectors take a number of iterations or a routing, an instance of a frozen "
+            f"dataclass with name, initial_bias and __call__, got {routings!r}"
         )
     return routings
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,8 +30,9 @@ from capsjax.train import Diagnostics, Sums, TrainState, jit_steps, zero_sums
 # 16 such steps abort the process; two processes with two devices each hang.
 _IN_FLIGHT = 4
 
-# Steps after which freed memory is returned. Whatever small the first ones leave behind lies in the
-# room of their large buffers, so that those of the next step do not fit there and take new room.
+# The first calls of a step, after which freed memory is returned. Whatever small they leave behind
+# lies in the room of their large buffers, so that those of the next call do not fit there and take
+# new room. Later calls leave little, and to fault returned pages in again takes them 0.1 s each.
 _SETTLING = 4
 
 
@@ -58,6 +59,7 @@ class Runner:
         collective = jax.process_count() > 1 and not plan.settings.run.testing
         self._signals = StopSignals(collective=collective)
         self._param_names: list[str] = []
+        self._calls: Counter[str] = Counter()  # of both steps
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -127,8 +129,7 @@ class Runner:
                 _compile(self._evaluate, *arguments)
             results.append(self._evaluate(*arguments))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
-            if len(results) <= _SETTLING:
-                return_freed_memory()
+            self._settle("evaluate")
         sums, predicted = zip(*jax.device_get(results), strict=True)
         metrics = average(jax.tree.map(lambda *values: sum(values), *sums))
         split = "test" if train_indices is None else "validation"
@@ -163,14 +164,19 @@ class Runner:
                 stop = self._signals.stop()
                 while in_flight and (ends or due or stop):
                     self._read(in_flight.popleft(), bar)
-                if number <= first + _SETTLING:
-                    return_freed_memory()
+                self._settle("train")
                 seconds = time.perf_counter() - begin
                 if stop:
                     self._end(checkpoints, state, seconds)
                 if due and not ends:
                     self._save(checkpoints, state, seconds)
         return state, seconds
+
+    def _settle(self, step: str) -> None:
+        """Returns the memory that one of the first calls of a step freed."""
+        self._calls[step] += 1
+        if self._calls[step] <= _SETTLING:
+            return_freed_memory()
 
     def _evaluate_epoch(
         self, state: TrainState, seconds: float, checkpoints: Checkpoints

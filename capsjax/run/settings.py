@@ -29,7 +29,7 @@ class Recipe:
     """The preset gives the defaults here and of the training options: try --preset paper --help."""
 
     preset: str = "seed"
-    """seed: as most others. paper, cnn-paper: the authors'. Others: what paid; see the README."""
+    """seed: as most others. paper, cnn-paper: the authors'. Others: ours; see the README."""
     network: str | None = None
     """capsnet, efficient, matrix or cnn: chooses its first preset. None: --preset tells it."""
     routing: str | None = None

@@ -86,8 +86,14 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(
             {"network": "best"},
             "--network must be 'capsnet' or 'efficient' or 'matrix' or 'cnn', got 'best'",
         ),
-        ({"network": "matrix", "routing": "uniform"}, "of poses and activations take a number of"),
-        ({"routing": "em"}, "expected a number of iterations or a routing"),
+        (
+            {"network": "matrix", "routing": "uniform"},
+            "--routing uniform: the network matrix: layers of poses and activations take a number",
+        ),
+        (
+            {"routing": "em"},
+            "--routing em: the network capsnet: layers of vectors take a number",
+        ),
         ({"network": "cnn", "routings": 3}, "--routings 3: the network cnn has no field routing"),
         ({"network": "cnn", "routing": "uniform"}, "the network cnn has no field routing"),
         ({"network": "efficient", "preset": "best"}, "--network efficient, but the network of --p"),
