@@ -171,9 +171,9 @@ EFFICIENT = Preset(
     lr_total_decay=None,
 )
 
-# The authors train on smallNORB, with three iterations of EM and a margin that rises over 50,000
-# steps. With two iterations the network learns several times faster, and the shorter run wants a
-# higher rate. Its 68,308 parameters learn no digits by heart, so that they are only shifted.
+# The authors route three times, and raise the margin over 50,000 steps. With this recipe three
+# iterations learn slower: after an epoch of 25,600 digits 45 % of held-out ones are misread, with
+# two iterations 6 %. The rate was found in short runs and is not yet chosen on held-out digits.
 MATRIX = Preset(
     network=MatrixCapsNetConfig(routing=EM(iterations=2)),
     training=Training(

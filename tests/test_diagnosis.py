@@ -198,7 +198,7 @@ def test_observing_capsules_of_poses_shows_em_after_each_iteration():
         capsjax.predict(net, x).scores, last.outputs[0].activations, rtol=1e-5
     )
     found = diagnostics.diagnose(make_matrix(), x, y)
-    assert list(found.layers) == ["primary", "conv_caps.0", "class_caps"]
+    assert list(found.layers) == ["windows", "conv_caps.0", "class_caps"]
     assert len(found.scores) == len(found.couplings) == 2
     activations = last.outputs[-1].activations
     np.testing.assert_allclose(found.layers["class_caps"].mean, activations.mean(0), rtol=1e-4)
@@ -228,7 +228,7 @@ def test_capsules_of_a_convolutional_layer_are_those_at_each_position():
     weight = net.conv_caps.weight
     weight[...] = weight[...].at[1].set(0)
     found = diagnostics.diagnose(net, x, y)
-    assert found.layers["primary"].mean.shape == (3, 3, 9)
+    assert found.layers["windows"].mean.shape == (3, 3, 9)
     expected = np.broadcast_to(np.arange(3) == 1, (3, 3, 3))
     np.testing.assert_array_equal(found.layers["conv_caps"].dead, expected)
     assert len(found.couplings) == 2

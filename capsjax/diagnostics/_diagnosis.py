@@ -56,7 +56,8 @@ class Diagnosis(NamedTuple):
       couplings: of the last capsule layer, in each iteration; empty if its routing does not tell
         them or there is a single output capsule.
       layers: by name, in order: "primary", the inputs of the first capsule layer, then the outputs
-        of each. Inputs of a convolutional layer are those of its windows, which may overlap.
+        of each. The inputs of a convolutional layer are "windows" instead, which may overlap and
+        then hold a capsule more than once.
     """
 
     images: int
@@ -158,7 +159,8 @@ def _observe_lengths(graphdef: nnx.GraphDef, variables: nnx.State, images: jax.A
     states = [*layers.values()]
     lengths = OrderedDict((name, [*map(_measure, state.outputs)]) for name, state in layers.items())
     if states:
-        lengths = OrderedDict(primary=[_measure(states[0].inputs)]) | lengths
+        inputs = _measure(states[0].inputs)
+        lengths = OrderedDict({"windows" if inputs.ndim > 2 else "primary": [inputs]}) | lengths
     couplings = [c for state in states[-1:] for c in state.couplings if c.shape[-2] > 1]
     scores = None if output.capsules is None else output.scores
     return jax.tree.map(at_least_float32, _Reduced(scores, lengths, couplings))

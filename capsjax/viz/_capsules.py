@@ -123,13 +123,13 @@ def _draw_classes(axes: Axes, histogram: ScoreHistogram, names: Sequence[str]) -
 
 
 def _draw_layers(axes: Axes, layers: Mapping[str, LayerActivations]) -> None:
-    """Draws the histogram of each layer's mean lengths, with the number of dead capsules."""
+    """Draws the histogram of a layer's mean lengths or activations, and counts the dead."""
     for (name, layer), color in zip(layers.items(), itertools.cycle(_COLORS)):
         counts, _ = np.histogram(np.clip(layer.mean, 0, 1), np.linspace(0, 1, 51))
         label = f"{name}: {np.sum(layer.dead):,} of {layer.dead.size:,} dead"
         _draw_shares(axes, counts, color=color, alpha=0.75, fill=True, label=label)
-    write_title(axes, "Lengths of capsules, averaged over the images")
-    axes.set(xlabel="mean length; dead if it is below 0.01 and hardly varies")
+    write_title(axes, "Lengths or activations, averaged over the images")
+    axes.set(xlabel="mean length or activation; dead if it is below 0.01 and hardly varies")
     axes.set(ylabel="share of capsules")
     _finish(axes)
 
