@@ -55,19 +55,16 @@ CONTENDERS = {
     "capsjax bfloat16": Contender("capsjax", "bfloat16"),
 }
 
-# Other networks have two of them: as it comes, and what was fastest.
-NETWORKS = ("efficient", "cnn")
-NETWORK_CONTENDERS = (
-    PYTORCH,
-    "PyTorch bfloat16, allocator set, rewritten",
-    CAPSJAX,
-    "capsjax bfloat16",
-)
+# Other networks have few of them: as it comes, and what was fastest. Matrix capsules are routed in
+# float32 whatever their poses are.
+BOTH = (PYTORCH, "PyTorch bfloat16, allocator set, rewritten", CAPSJAX, "capsjax bfloat16")
+FLOAT32 = (PYTORCH, "PyTorch float32, allocator set, rewritten", CAPSJAX)
+NETWORKS = {"efficient": BOTH, "matrix": FLOAT32, "cnn": BOTH}
 
 SIZES = (16, 32, 64, 128, 256, 512)
 
 # Of these the whole process is measured, too: training on so many images, evaluating, saving.
-WHOLE = (PYTORCH, "PyTorch bfloat16, allocator set, rewritten", CAPSJAX, "capsjax bfloat16")
+WHOLE = BOTH
 WHOLE_SIZES = (2560, 10240)
 
 
@@ -87,7 +84,7 @@ class Benchmark:
     """Steps a turn, after one that is not timed."""
     save_dir: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
-    network: Literal["efficient", "cnn"] | None = None
+    network: Literal["efficient", "matrix", "cnn"] | None = None
     """Only time this network's step, beside the same network in PyTorch."""
     compile_for: Literal["h100", "v5e", "v5e:2x2", "v5e:4x4"] | None = None
     """Only compile the train step for chips that need not be here, and show its cost."""
@@ -163,7 +160,7 @@ def time_network(network: str, settings: Benchmark, inputs: Path) -> dict[str, d
     """Times a network's step beside the same network in PyTorch, and prints the table."""
     sized = {
         name: dataclasses.replace(CONTENDERS[name], network=network, batch_size=settings.batch_size)
-        for name in NETWORK_CONTENDERS
+        for name in NETWORKS[network]
     }
     print(f"\n{network}")
     results = compare(sized, settings, inputs)

@@ -53,6 +53,13 @@ def margin_loss(scores: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (present * too_short + 0.5 * (1 - present) * too_long).sum(1).mean()
 
 
+def spread_loss(scores: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Computes the spread loss with its first margin."""
+    lead = scores.gather(1, y[:, None]) - scores
+    absent = 1 - functional.one_hot(y, 10).to(scores.dtype)
+    return (absent * (0.2 - lead).clamp(min=0) ** 2).sum(1).mean()
+
+
 def reconstruction_loss(reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Computes the weighted mean squared error."""
     return LAM_RECON * functional.mse_loss(reconstruction, x)

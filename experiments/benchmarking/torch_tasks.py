@@ -12,7 +12,8 @@ from benchmarking.stages import draw_arrays
 from benchmarking.torch_capsnet import CapsNet
 from benchmarking.torch_cnn import CNN
 from benchmarking.torch_efficient import EfficientCapsNet
-from benchmarking.torch_layers import margin_loss, reconstruction_loss
+from benchmarking.torch_layers import margin_loss, reconstruction_loss, spread_loss
+from benchmarking.torch_matrix import MatrixCapsNet
 
 
 def make_step_tasks(contender: Contender, inputs: Inputs) -> tuple[Tasks, Tasks]:
@@ -56,6 +57,8 @@ def _make_network(contender: Contender, params: Inputs) -> tuple[Any, Callable]:
     match contender.network:
         case "efficient":
             return EfficientCapsNet(params), margin_loss
+        case "matrix":
+            return MatrixCapsNet(params), spread_loss
         case "cnn":
             return CNN(params), functional.cross_entropy
         case _:
