@@ -23,12 +23,14 @@ from benchmarking.chips import CHIPS, make_mesh_of
 from benchmarking.compiled import inspect_step
 from benchmarking.contender import Contender, Worker
 from benchmarking.picture import draw_results
+from benchmarking.routings import time_routings
 from benchmarking.stages import count_costs
 from benchmarking.start import measure_start
 from benchmarking.tables import (
     show_compiled,
     show_contest,
     show_growth,
+    show_routings,
     show_sizes,
     show_stages,
     show_whole,
@@ -86,6 +88,8 @@ class Benchmark:
     """Folder for benchmark.json and benchmark.png."""
     network: Literal["efficient", "matrix", "cnn"] | None = None
     """Only time this network's step, beside the same network in PyTorch."""
+    routings: bool = False
+    """Only time every routing, with votes that are never made and with an array of votes."""
     compile_for: Literal["h100", "v5e", "v5e:2x2", "v5e:4x4"] | None = None
     """Only compile the train step for chips that need not be here, and show its cost."""
 
@@ -98,6 +102,9 @@ def main() -> None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # PyTorch's part runs there, too
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilations are timed
+    if settings.routings:
+        compare_routings(settings)
+        return
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
         write_inputs(inputs, max(settings.batch_size, *SIZES, *WHOLE_SIZES))
@@ -142,6 +149,7 @@ def measure(settings: Benchmark, inputs: Path) -> dict[str, Any]:
     sizes = {str(n): dataclasses.replace(ours, batch_size=n) for n in SIZES}
     results["batch_sizes"] = compare(sizes, settings, inputs, ("train",))
     show_sizes(results["batch_sizes"])
+    results["votes"] = compare_routings(settings)
     results["stages"] = time_stages(settings, inputs)
     show_stages(results["stages"])
     results["start"] = measure_start()
@@ -166,6 +174,13 @@ def time_network(network: str, settings: Benchmark, inputs: Path) -> dict[str, d
     results = compare(sized, settings, inputs)
     show_contest(results)
     return results
+
+
+def compare_routings(settings: Benchmark) -> dict[str, Any]:
+    """Times every routing in both forms, and prints the table."""
+    results = time_routings(settings.batch_size, settings.rounds, settings.steps)
+    show_routings(results)
+    return {name: [cost._asdict() for cost in costs] for name, costs in results.items()}
 
 
 def save(results: Mapping[str, Any], folder: Path) -> None:

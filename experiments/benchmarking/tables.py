@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarking.chips import Chip
 from benchmarking.compiled import Program
+from benchmarking.routings import Cost
 from benchmarking.stages import COPY, PEAKS, PRODUCT, count_step
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -28,6 +29,19 @@ def show_growth(results: Results) -> None:
     print(
         f"\nroutings 3 -> 10: {1e3 * few:.0f} -> {1e3 * many:.0f} ms a step, {many / few - 1:+.0%}"
     )
+
+
+def show_routings(results: Mapping[str, tuple[Cost, Cost]]) -> None:
+    """Prints what each routing takes without the array of votes, beside what it takes with it."""
+    print(
+        "\nclass capsules of CapsNet with gradients; temporaries; the same with an array of votes"
+    )
+    for name, (ours, made) in results.items():
+        print(
+            f"{name:27}{1e3 * ours.seconds:6.0f} ms{ours.memory:6.0f} MiB"
+            f"{1e3 * made.seconds:8.0f} ms{made.memory:6.0f} MiB"
+            f"{made.seconds / ours.seconds:7.1f}×{made.memory / ours.memory:6.1f}×"
+        )
 
 
 def show_sizes(results: Results) -> None:

@@ -58,6 +58,14 @@ def test_every_stage_is_timed_and_drawn(capsys, tmp_path, inputs):
 
 
 @pytest.mark.slow
+def test_every_routing_is_timed_in_both_forms(capsys):
+    results = benchmark.compare_routings(SHORT)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(results)
+    assert all(min(cost.values()) > 0 for costs in results.values() for cost in costs)
+    json.dumps(results)
+
+
+@pytest.mark.slow
 def test_the_second_start_finds_the_compiled_step():
     seconds = measure_start()
     assert list(seconds) == ["first start", "second start"]

@@ -1,0 +1,88 @@
+"""Every routing as the layer of CapsNet's class capsules: with votes never made, and made first."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import capsjax
+
+_J, _I, _D, _K = 10, 1152, 16, 8
+_ZEROS = np.zeros(_J, np.float32)
+
+
+class Cost(NamedTuple):
+    """What a layer and its gradients take."""
+
+    seconds: float
+    memory: float  # MiB of temporaries
+
+
+# Functions of votes [b, j, i, d] and activations [b, i].
+_ROUTINGS: dict[str, Callable[[Any, jax.Array], Any]] = {
+    "agreement": lambda votes, a: capsjax.routing(votes),
+    "agreement, leaky": lambda votes, a: capsjax.routing(votes, leak=True),
+    "agreement, all gradients": lambda votes, a: capsjax.routing(votes, stop_gradient=False),
+    "uniform": lambda votes, a: capsjax.uniform_routing(votes),
+    "random": lambda votes, a: capsjax.random_routing(jax.random.key(0), votes),
+    "self-attention": lambda votes, a: capsjax.self_attention_routing(votes),
+    "inverted attention": lambda votes, a: capsjax.attention_routing(votes),
+    "EM": lambda votes, a: capsjax.em_routing(votes, a, beta_u=_ZEROS, beta_a=_ZEROS)[:2],
+    "variational Bayes": lambda votes, a: capsjax.variational_routing(votes, a)[:2],
+    "self-routing": lambda votes, a: capsjax.self_routing(
+        votes, a, jnp.broadcast_to(a[:, None], votes.shape[:-1])
+    ),
+}
+
+
+def time_routings(batch: int, rounds: int, steps: int) -> dict[str, tuple[Cost, Cost]]:
+    """Returns what each routing takes with `capsjax.DenseVotes`, and with the array of votes."""
+    return {name: _time_routing(name, batch, rounds, steps) for name in _ROUTINGS}
+
+
+def _time_routing(name: str, batch: int, rounds: int, steps: int) -> tuple[Cost, Cost]:
+    rng = np.random.default_rng(0)
+    u = rng.normal(0, 0.3, (batch, _I, _K)).astype(np.float32)
+    weight = rng.normal(0, 0.1, (_J, _I, _D, _K)).astype(np.float32)
+    a = rng.uniform(0, 1, (batch, _I)).astype(np.float32)
+    programs = [
+        jax.jit(_differentiate(_ROUTINGS[name], form)).lower(u, weight, a).compile()
+        for form in (capsjax.DenseVotes, capsjax.predictions)
+    ]
+    arrays = jax.device_put((u, weight, a))
+    turns = [[_time(program, arrays, steps) for program in programs] for _ in range(rounds)]
+    never_made, made = (
+        Cost(statistics.median(times), _count_temporaries(program))
+        for times, program in zip(zip(*turns, strict=True), programs, strict=True)
+    )
+    return never_made, made
+
+
+def _differentiate(routing: Callable, form: Callable) -> Callable:
+    """Returns a function of u, W and a: all outputs of a layer, and the gradients of their sum."""
+
+    def layer(u: jax.Array, weight: jax.Array, a: jax.Array) -> tuple[jax.Array, Any]:
+        outputs = routing(form(u, weight), a)
+        return jnp.sum(jnp.stack([jnp.sum(x) for x in jax.tree.leaves(outputs)])), outputs
+
+    return jax.value_and_grad(layer, (0, 1, 2), has_aux=True)
+
+
+def _count_temporaries(program: Any) -> float:
+    """Returns MiB."""
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def _time(program: Any, arrays: tuple[jax.Array, ...], steps: int) -> float:
+    """Returns the median seconds of some calls, after one that is not timed."""
+    jax.block_until_ready(program(*arrays))
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        jax.block_until_ready(program(*arrays))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
