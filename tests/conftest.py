@@ -14,6 +14,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most programs are compiled to run a few times on a few numbers.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The first example of a shape compiles: no deadline. The same examples on every machine.
 hypothesis.settings.register_profile(

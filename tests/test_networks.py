@@ -72,24 +72,38 @@ SMALL = {  # sizes that train in a moment; a network that is not named here has 
 }
 
 
-@pytest.fixture(params=[*NETWORKS, OwnConfig.name])
-def config(request, monkeypatch):
-    monkeypatch.setitem(NETWORKS, OwnConfig.name, OwnConfig)
-    return NETWORKS[request.param](**SMALL.get(request.param, {}))
+# Each network is built, and its step compiled, once for all tests.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in ("capsnet", "cnn", "own") else pytest.mark.slow)
+        for name in (*NETWORKS, OwnConfig.name)
+    ],
+)
+def config(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, OwnConfig.name, OwnConfig)
+        yield NETWORKS[request.param](**SMALL.get(request.param, {}))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(config):
     # One compilation instead of one for each array; not `nnx.jit`, which the library avoids.
     build = lambda: nnx.split(config.build(IMAGE_SHAPE, NUM_CLASSES, rngs=nnx.Rngs(0)))  # noqa: E731
     return nnx.merge(*jax.jit(build)())
 
 
-@pytest.fixture
-def images(rng):
-    return rng.integers(0, 256, (20, *IMAGE_SHAPE), np.uint8)
+@pytest.fixture(scope="module")
+def trainer(model):
+    return Trainer(model)
 
 
+@pytest.fixture(scope="module")
+def trained(trainer):
+    return train.merge(trainer.graphdef, trainer.train(BATCHES))
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, *IMAGE_SHAPE), np.uint8)
 LABELS = np.arange(20, dtype=np.int32) % NUM_CLASSES
 BATCHES = np.stack([np.arange(BATCH), np.arange(20 - BATCH, 20)]).astype(np.int32)
 
@@ -97,13 +111,13 @@ BATCHES = np.stack([np.arange(BATCH), np.arange(20 - BATCH, 20)]).astype(np.int3
 class Trainer:
     """A network, its steps, and the state they begin with."""
 
-    def __init__(self, model, images, devices=1):
+    def __init__(self, model, devices=1):
         task, optimizer = Classification(lam_recon=0.5, shift_pixels=1), optax.adam(0.01)
         self.mesh = make_mesh(BATCH, devices)
         self.graphdef, self.state = train.create(model, optimizer, task, average=0.9)
         setup = train.Setup(self.graphdef, optimizer, task, average=0.9)
         self.step, self.evaluate = train.jit_steps(setup, self.mesh)
-        self.data = place_data(self.mesh, images, LABELS)
+        self.data = place_data(self.mesh, IMAGES, LABELS)
 
     def train(self, batches, state=None):
         """Steps from a state; the arrays of it are copied, since a step deletes its input."""
@@ -114,8 +128,7 @@ class Trainer:
         return jax.device_get(state)
 
 
-def test_two_steps_move_every_parameter_and_count_the_examples(model, images):
-    trainer = Trainer(model, images)
+def test_two_steps_move_every_parameter_and_count_the_examples(trainer):
     before = jax.device_get(trainer.state)
     state = trainer.train(BATCHES)
     assert (state.step, state.sums.examples) == (2, 2 * BATCH)
@@ -125,8 +138,8 @@ def test_two_steps_move_every_parameter_and_count_the_examples(model, images):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
 
 
-def test_eight_devices_train_and_evaluate_as_one(model, images):
-    alone, together = Trainer(model, images), Trainer(model, images, devices=8)
+def test_eight_devices_train_and_evaluate_as_one(model, trainer):
+    alone, together = trainer, Trainer(model, devices=8)
     states = [trainer.train(BATCHES) for trainer in (alone, together)]
     chex.assert_trees_all_close(*(state.sums for state in states), rtol=1e-4)
     leaves = [jax.tree.leaves((state.params, state.statistics)) for state in states]
@@ -148,8 +161,7 @@ def test_eight_devices_train_and_evaluate_as_one(model, images):
     chex.assert_trees_all_close(jax.device_get(sums), jax.device_get(same_sums), rtol=1e-4)
 
 
-def test_a_run_that_is_resumed_ends_in_the_same_bits(model, images, tmp_path):
-    trainer = Trainer(model, images)
+def test_a_run_that_is_resumed_ends_in_the_same_bits(trainer, tmp_path):
     whole = trainer.train(BATCHES)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(trainer.train(BATCHES[:1]), {})
@@ -158,32 +170,28 @@ def test_a_run_that_is_resumed_ends_in_the_same_bits(model, images, tmp_path):
     chex.assert_trees_all_equal(trainer.train(BATCHES[1:], state), whole)
 
 
-def test_a_file_alone_rebuilds_the_trained_network_to_the_bit(model, images, tmp_path):
-    trainer = Trainer(model, images)
-    trained = train.merge(trainer.graphdef, trainer.train(BATCHES))
+def test_a_file_alone_rebuilds_the_trained_network_to_the_bit(trained, tmp_path):
     weights.save(trained, tmp_path / "net.safetensors")
     loaded = weights.load(tmp_path / "net.safetensors")
     assert (loaded.config, loaded.image_shape, loaded.num_classes) == (
         *(trained.config, IMAGE_SHAPE, NUM_CLASSES),
     )
-    expected, actual = (capsjax.predict(net, images) for net in (trained, loaded))
+    expected, actual = (capsjax.predict(net, IMAGES) for net in (trained, loaded))
     chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
 
 
-def test_an_exported_network_predicts_the_same(model, images, tmp_path):
+def test_an_exported_network_predicts_the_same(model, tmp_path):
     weights.export(model, tmp_path / "net.jax", platforms=("cpu",))
     function = jax.export.deserialize(bytearray((tmp_path / "net.jax").read_bytes()))
-    pixels = jnp.asarray(images[:3], jnp.float32) / 255
+    pixels = jnp.asarray(IMAGES[:3], jnp.float32) / 255
     expected = capsjax.predict(model, pixels)
     for ours, theirs in zip(function.call(pixels), expected, strict=True):
         if theirs is not None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_prediction_of_an_image_does_not_depend_on_the_others(model, images):
-    trainer = Trainer(model, images)
-    trained = train.merge(trainer.graphdef, trainer.train(BATCHES))
-    together, alone = capsjax.predict(trained, images[:6]), capsjax.predict(trained, images[2])
+def test_the_prediction_of_an_image_does_not_depend_on_the_others(trained):
+    together, alone = capsjax.predict(trained, IMAGES[:6]), capsjax.predict(trained, IMAGES[2])
     assert together.predicted.shape == (6,)
     assert together.scores.shape == (6, NUM_CLASSES)
     np.testing.assert_allclose(together.scores[2], alone.scores, rtol=1e-4, atol=1e-6)

@@ -55,6 +55,7 @@ def test_a_routing_of_ones_own_routes():
     assert capsjax.predict(names["net"], jnp.zeros((28, 28))).scores.shape == (10,)
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_trains_from_the_command_line(tmp_path, capsys):
     small = run(OWN_NETWORK)["SMALL"]
     data = write_npz(tmp_path / "digits.npz", digits(40, 20))

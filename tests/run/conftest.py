@@ -19,7 +19,6 @@ def _compile_cache(shared_folder):
     settings = {
         "jax_compilation_cache_dir": str(shared_folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():

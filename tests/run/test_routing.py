@@ -44,12 +44,13 @@ def test_the_routing_that_a_preset_has_keeps_its_options(start):
 @pytest.mark.parametrize(
     ("network", "kind", "pictures"),
     [
-        (
+        pytest.param(
             "efficient",
             capsjax.EfficientCapsNet,
             {"capsules.png", "reconstructions.png", "perturbations.png"},
+            marks=pytest.mark.slow,
         ),
-        ("matrix", capsjax.MatrixCapsNet, {"capsules.png"}),
+        pytest.param("matrix", capsjax.MatrixCapsNet, {"capsules.png"}, marks=pytest.mark.slow),
         ("cnn", capsjax.CNN, set()),
     ],
 )
