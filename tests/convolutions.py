@@ -24,6 +24,8 @@ TOOM_COOK = {
 NATIVE = {
     "small kernel": ((2, 13, 12, 17), (3, 3, 17, 33), (1, 1)),
     "small kernel, stride 2": ((2, 14, 13, 16), (3, 3, 16, 5), (2, 2)),
+    "more columns than rows": ((2, 7, 9, 16), (2, 5, 16, 3), (1, 1)),
+    "more taps than shifts": ((2, 9, 8, 16), (6, 3, 16, 3), (1, 1)),
     "a row of taps": ((1, 4, 9, 16), (1, 3, 16, 2), (3, 1)),
     "no images of many channels": ((0, 9, 9, 16), (3, 3, 16, 4), (1, 1)),
 }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax._conv import _native, _patches, _toom_cook
+from capsjax._conv import _native, _patches, _shifts, _toom_cook
 from capsjax._conv._matmul import contract
 from capsjax._conv._tiling import plan_axes
 
@@ -137,6 +137,9 @@ def _compute_gradients_on_cpu(strides, x, w, _, dy):
     plan = plan_axes(x.shape[1:3], w.shape, strides, x.dtype.name)
     if plan:
         dx, dw = _toom_cook.compute_gradients(plan, x, w, dy)
+    elif _choose_direct(w) is _native and _shifts.pay(strides, w):
+        dx = _native.compute_dx(strides, x.shape, w, dy)
+        dw = _shifts.compute_dw(x, w, dy).astype(w.dtype)
     else:
         dx, dw = _choose_direct(w).compute_gradients(strides, x, w, dy)
     return dx, dw, db.astype(dy.dtype)

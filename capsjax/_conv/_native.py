@@ -28,7 +28,7 @@ def compute_gradients(
     strides: tuple[int, int], x: Array, w: Array, dy: Array
 ) -> tuple[Array, Array]:
     """Returns the gradients of images and kernel: the best form for a GPU."""
-    return _compute_dx(strides, x.shape, w, dy), _compute_dw(strides, x, w.shape, dy)
+    return compute_dx(strides, x.shape, w, dy), _compute_dw(strides, x, w.shape, dy)
 
 
 def _compute_dw(strides, x, shape, dy) -> Array:
@@ -49,8 +49,11 @@ def _compute_dw(strides, x, shape, dy) -> Array:
     )
 
 
-def _compute_dx(strides, shape, w, dy) -> Array:
-    """Convolves dy with the taps of each residue: row s r + p of an image meets taps p, p + s, …"""
+def compute_dx(strides: tuple[int, int], shape: tuple[int, ...], w: Array, dy: Array) -> Array:
+    """Returns the gradient of images of a shape.
+
+    Convolves dy with the taps of each residue: row s r + p of an image meets taps p, p + s, …
+    """
     batch, height, width, channels = shape
     (s, t), (rows, columns) = strides, (-(-height // strides[0]), -(-width // strides[1]))
     parts = [_spread(w[p::s, q::t], dy, rows, columns) for p in range(s) for q in range(t)]

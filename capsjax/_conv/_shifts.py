@@ -1,0 +1,33 @@
+"""The gradient of a small kernel as one matrix product of shifted copies.
+
+dw[p, q, c, o] = Σ_{b,h,w} x[b, h + p, w + q, c] dy[b, h, w, o], with stride 1
+
+The factors are dy shifted down by p and x shifted left by q: P copies of one and Q of the other,
+where patches would be P·Q copies of x.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from capsjax._conv._matmul import contract
+
+_MAX_TAPS = 5  # as many copies of the images, and of dy, are in memory
+
+
+def pay(strides: tuple[int, int], w: Array) -> bool:
+    """Returns whether a CPU is faster with them than with the library's own gradient."""
+    return strides == (1, 1) and max(w.shape[:2]) <= _MAX_TAPS
+
+
+def compute_dw(x: Array, w: Array, dy: Array) -> Array:
+    """Computes the gradient of a kernel [P, Q, C, O] for images [B, H, W, C], in float32."""
+    rows, columns, channels, outputs = w.shape
+    height, width = x.shape[1], dy.shape[2]
+    # The sums run over the last axis of the left factor, which a CPU vectorises.
+    padded = jnp.pad(dy.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (rows - 1, rows - 1), (0, 0)))
+    padded = lax.optimization_barrier(padded)  # or every copy would transpose and pad anew
+    starts = range(rows - 1, -1, -1)
+    left = jnp.stack([lax.slice_in_dim(padded, h, h + height, axis=2) for h in starts])
+    right = jnp.concatenate([lax.slice_in_dim(x, q, q + width, axis=2) for q in range(columns)], 3)
+    dw = contract(left, right, ((2, 3, 4), (0, 1, 2)))  # [P, O, Q·C]
+    return dw.reshape(rows, outputs, columns, channels).transpose(0, 2, 3, 1)
