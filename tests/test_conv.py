@@ -186,9 +186,14 @@ def gradients(*arrays):
     return jax.grad(lambda *arrays: jnp.sum(conv(*arrays) ** 2), (0, 1, 2))(*arrays)
 
 
-@pytest.mark.parametrize("channels", [16, 2], ids=["toom-cook", "patches"])
-def test_eight_devices_share_the_batch(channels):
-    *arrays, _ = sample((16, 8, 9, channels), (5, 5, channels, 64), (1, 1))
+SIZES = pytest.mark.parametrize(
+    ("taps", "channels"), [(5, 16), (5, 2), (3, 16)], ids=["toom-cook", "patches", "shifts"]
+)
+
+
+@SIZES
+def test_eight_devices_share_the_batch(taps, channels):
+    *arrays, _ = sample((16, 8, 9, channels), (taps, taps, channels, 64), (1, 1))
     expected = jax.jit(gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -197,9 +202,9 @@ def test_eight_devices_share_the_batch(channels):
     assert_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("channels", [16, 2], ids=["toom-cook", "patches"])
-def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices(channels):
-    *arrays, _ = sample((16, 8, 9, channels), (5, 5, channels, 64), (1, 1))
+@SIZES
+def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices(taps, channels):
+    *arrays, _ = sample((16, 8, 9, channels), (taps, taps, channels, 64), (1, 1))
     expected = jax.jit(gradients)(*arrays)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("data"), PartitionSpec()
@@ -208,9 +213,10 @@ def test_shard_map_sums_the_gradients_of_kernel_and_bias_over_the_devices(channe
     assert_close(jax.jit(sharded)(*arrays), expected, 1e-5)
 
 
-def test_an_export_accepts_any_number_of_images():
+@SIZES
+def test_an_export_accepts_any_number_of_images(taps, channels):
     (batch,) = export.symbolic_shape("batch")
-    x, w, b, _ = sample((3, *IMAGE), KERNEL, (1, 1))
+    x, w, b, _ = sample((3, 8, 9, channels), (taps, taps, channels, 64), (1, 1))
     function = jax.jit(lambda *arrays: (conv(*arrays), *gradients(*arrays)))
     shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
     exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(shape, w, b)

@@ -6,12 +6,15 @@ The factors are dy shifted down by p and x shifted left by q: P copies of one an
 where patches would be P·Q copies of x.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from capsjax._conv._matmul import contract
 
-_MAX_TAPS = 5  # as many copies of the images, and of dy, are in memory
+_MAX_TAPS = 5  # as many copies of a part of the images, and of dy, are in memory
+_MAX_PARTS = 8  # of a batch: the copies of one part almost fit into the cache
 
 
 def pay(strides: tuple[int, int], w: Array) -> bool:
@@ -21,7 +24,20 @@ def pay(strides: tuple[int, int], w: Array) -> bool:
 
 def compute_dw(x: Array, w: Array, dy: Array) -> Array:
     """Computes the gradient of a kernel [P, Q, C, O] for images [B, H, W, C], in float32."""
-    rows, columns, channels, outputs = w.shape
+    batch = x.shape[0]
+    parts = math.gcd(_MAX_PARTS, batch) if isinstance(batch, int) else 1  # it may be symbolic
+    # Every eighth image is of a part, so that each of several devices has images in all of them.
+    arrays = [a.reshape(batch // parts, parts, *a.shape[1:]) for a in (x, dy)]
+
+    def of_part(part: Array) -> Array:
+        x, dy = (lax.dynamic_index_in_dim(a, part, 1, keepdims=False) for a in arrays)
+        return _compute_dw_of_part(w.shape, x, dy)
+
+    return jnp.sum(lax.map(of_part, jnp.arange(parts)), 0)
+
+
+def _compute_dw_of_part(shape: tuple[int, ...], x: Array, dy: Array) -> Array:
+    rows, columns, channels, outputs = shape
     height, width = x.shape[1], dy.shape[2]
     # The sums run over the last axis of the left factor, which a CPU vectorises.
     padded = jnp.pad(dy.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (rows - 1, rows - 1), (0, 0)))
