@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from capsjax._vectors import at_least_float32
+
 
 def extract_windows(u: ArrayLike, size: int, strides: int = 1) -> jax.Array:
     """Gathers the capsules of every window, without padding.
@@ -58,19 +60,19 @@ def logsumexp_over_windows(logs: ArrayLike, size: int, strides: int = 1) -> jax.
     Without overflow, and with its gradient.
 
     Args:
-      logs: [..., y', x', n·n·i], in the order of `extract_windows`, of any float dtype.
+      logs: [..., y', x', n·n·i], finite, in the order of `extract_windows`.
       size: n, the side of a window, in positions.
       strides: s, the step between neighbouring windows.
 
     Returns:
-      Of the shape of `logs`: the sum is told to every window that has a part in it.
+      Of the shape of `logs`, in float32: the sum is told to every window that has a part in it.
 
     Raises:
       ValueError: if the capsules of a window do not fill n × n positions, or a size is below 1.
 
     Example:
       >>> import jax.numpy as jnp, capsjax
-      >>> logs = jnp.zeros((1, 2, 3))      # two windows of 1 × … overlap in nothing: log 1
+      >>> logs = jnp.zeros((1, 2, 3))      # windows of 1 × 1 do not overlap: a sum of one term
       >>> capsjax.logsumexp_over_windows(logs, size=1).tolist()
       [[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
       >>> logs = jnp.zeros((2, 2, 9))      # the centre of 4 × 4 is in all four windows of 3 × 3
@@ -80,7 +82,7 @@ def logsumexp_over_windows(logs: ArrayLike, size: int, strides: int = 1) -> jax.
     References:
       The competition of the parents of a capsule: Gritzman, 2019, arXiv:1907.00652.
     """
-    logs = jnp.asarray(logs)
+    logs = at_least_float32(jnp.asarray(logs))
     if min(size, strides) < 1 or logs.ndim < 3 or logs.shape[-1] % (size * size):
         raise ValueError(
             f"logsumexp_over_windows: expected logs [..., y', x', n·n·i] for windows of {size} × "

@@ -92,6 +92,7 @@ def test_floats_are_clipped_at_one_and_the_result_does_not_depend_on_jit(images)
         ({"images": np.zeros((8, 3, 4))}, r"expected images \[N, H, W, C\].*got \[8, 3, 4\]"),
         ({"labels": np.zeros((8, 10))}, r"labels \[N\].*\[8, 10\]"),
         ({"indices": 3}, r"indices \[B\], got .* and \[\]"),
+        ({"pool": []}, r"a pool \[P\] of an image or more, got \[0\]"),
         ({"canvas": 11}, "images of 3 × 4, shifted by up to 4 pixels, do not fit into 11 × 11"),
         ({"shift": -1}, "shifted by up to -1 pixels"),
     ],

@@ -181,3 +181,22 @@ def test_memory_holds_the_votes_of_one_output_capsule():
     memory: Any = jax.jit(step).lower(params, capsules).compile().memory_analysis()
     votes = 4 * 16 * positions**2 * outputs * 9 * types * 16  # as an array they take ten times that
     assert 0 < memory.temp_size_in_bytes < 0.7 * votes
+
+
+@pytest.mark.parametrize("kind", [ConvEMCaps, EMCaps])
+@pytest.mark.parametrize(
+    "shapes", [((4, 4, N + 1, D), (4, 4, N + 1)), ((4, N, D), (4, N)), ((4, 4, N, D), (4, 4, J))]
+)
+def test_capsules_that_do_not_fit_are_refused_in_words(kind, shapes):
+    words = rf"{kind.__name__}: expected poses \[\.\.\., y, x, {N}, {D}\].* got \[4, "
+    with pytest.raises(ValueError, match=words):
+        make(kind, N, J)(Capsules(*map(jnp.ones, shapes)))
+
+
+def test_settings_without_sense_are_refused_in_words():
+    with pytest.raises(ValueError, match="EMCaps: side is 2 or more, for two coordinates, got 1"):
+        EMCaps(N, J, side=1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="EM: inverse_temperature is a number above 0, got nan"):
+        EM(inverse_temperature=float("nan"))
+    with pytest.raises(ValueError, match="EM: iterations is an int of 1 or more, got 0"):
+        EM(0)

@@ -66,7 +66,7 @@ def test_the_preset_has_two_iterations_of_em_and_the_spread_loss():
             {"routing": capsjax.Uniform()},
             "a number of iterations or a capsjax.EM",
         ),
-        ((28, 28, 1), {"routing": 0}, "routings"),
+        ((28, 28, 1), {"routing": 0}, "iterations"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_words(shape, sizes, words):

@@ -98,9 +98,12 @@ def test_a_number_of_iterations_stands_for_routing_by_agreement():
     assert DenseCaps(5, 2, 3, 4, rngs=nnx.Rngs(0)).routing == Agreement(3)
 
 
-@pytest.mark.parametrize("routings", [0, -1, 1.5, 3.0, True, None, "3", np.int64(3)])
+@pytest.mark.parametrize("routings", [0, -1, 1.5, 3.0, True, None, "uniform", np.int64(3)])
 def test_what_is_neither_a_number_of_iterations_nor_a_routing_is_refused(routings):
-    with pytest.raises(ValueError, match=r"routings is an int of 1 or more, got "):
+    words = (
+        "iterations is an int of 1 or more, got |a number of iterations or a routing, .*'uniform'"
+    )
+    with pytest.raises(ValueError, match=words):
         DenseCaps(5, 2, 3, 4, routings, rngs=nnx.Rngs(0))
 
 

@@ -220,9 +220,12 @@ def test_memory_holds_the_votes_of_one_output_capsule(name):
         ("em_routing", {"beta_u": (N,)}, r"beta_u \[j\] = \[3\], got \[5\]"),
         ("em_routing", {"beta_a": ()}, r"beta_a \[j\] = \[3\], got \[\]"),
         ("em_routing", {"routings": 0}, "em_routing: routings is an int of 1 or more, got 0"),
+        ("em_routing", {"min_variance": 0.0}, "min_variance is a number above 0, got 0.0"),
         ("em_routing", {"votes": (N, D)}, r"em_routing: expected votes"),
         ("variational_routing", {"activations": (J,)}, r"\[5\] for votes \[3, 5, 4\], got \[3\]"),
         ("variational_routing", {"routings": 1.5}, r"int of 1 or more, got 1\.5"),
+        ("variational_routing", {"prior_scale": 0.0}, "prior_scale is a number above 0, got 0.0"),
+        ("variational_routing", {"prior_counts": -1.0}, "prior_counts is a number above 0"),
         ("self_routing", {"logits": (N, J)}, r"logits \[\.\.\., j, i\] = \[3, 5\], got \[5, 3\]"),
         ("attention_routing", {"scale": (J,)}, r"scale \[d\] = \[4\], got \[3\]"),
         ("attention_routing", {"offset": (J, D)}, r"offset \[d\] = \[4\], got \[3, 4\]"),
@@ -235,7 +238,7 @@ def test_what_cannot_be_routed_is_an_error_in_words(function, options, message, 
     shapes |= {"beta_u": (J,), "beta_a": (J,)} if function == "em_routing" else {}
     shapes |= {"logits": (J, N)} if function == "self_routing" else {}
     shapes |= options
-    static = {n: v for n, v in shapes.items() if n == "routings"}
+    static = {n: v for n, v in shapes.items() if not isinstance(v, tuple)}
     arrays = {n: jnp.ones(shape) for n, shape in shapes.items() if n not in static}
     call = partial(getattr(capsjax, function), **static)
     with pytest.raises(ValueError, match=message):

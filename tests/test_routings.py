@@ -210,7 +210,12 @@ def test_self_attention_never_makes_the_votes():
 @pytest.mark.parametrize(
     ("name", "u_hat", "bias", "message"),
     [
-        ("uniform", (N, D), None, r"votes \[\.\.\., j, i, d\], got \[5, 4\]"),
+        (
+            "uniform",
+            (N, D),
+            None,
+            r"uniform_routing: expected votes \[\.\.\., j, i, d\], got \[5, 4\]",
+        ),
         ("random", (N, D), None, r"random_routing: expected votes"),
         ("random", (J, N, D), (J, N), r"a bias \[j, d\] = \[3, 4\], got \[3, 5\]"),
         ("self-attention", (N, D), None, r"self_attention_routing: expected votes"),

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from capsjax._conv._matmul import contract
 
-_MAX_TAPS = 5  # as many copies of a part of the images, and of dy, are in memory
+_MAX_TAPS = 5  # a side of the kernel; of each part, so many copies of x and of dy are held
 _MAX_PARTS = 8  # of a batch: the copies of one part almost fit into the cache
 
 
@@ -26,7 +26,7 @@ def compute_dw(x: Array, w: Array, dy: Array) -> Array:
     """Computes the gradient of a kernel [P, Q, C, O] for images [B, H, W, C], in float32."""
     batch = x.shape[0]
     parts = math.gcd(_MAX_PARTS, batch) if isinstance(batch, int) else 1  # it may be symbolic
-    # Every eighth image is of a part, so that each of several devices has images in all of them.
+    # Part n takes images n, n + parts, …, so that every device has images of every part.
     arrays = [a.reshape(batch // parts, parts, *a.shape[1:]) for a in (x, dy)]
 
     def of_part(part: Array) -> Array:

@@ -27,7 +27,7 @@ class Competition:
 
     def begin(self, j: int, i: int) -> jax.Array:
         """Returns R [j, i, b] = 1 / (number of output capsules that i votes for)."""
-        # The same for all examples, of which the last axes are the positions.
+        # Equal for all examples, so computed for the last two leading axes, the positions, alone.
         logs = self._add_up(jnp.full((*self.lead[-2:], i), math.log(j)))
         shares = to_tiles(jnp.broadcast_to(jnp.exp(-logs), (*self.lead, i)), 1)
         return jnp.repeat(shares[:, None], j, 1)

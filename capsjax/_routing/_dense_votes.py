@@ -19,7 +19,7 @@ from capsjax._routing._tiles import map_made_votes
 from capsjax._routing._votes import check_capsule_layer, predictions
 from capsjax._vectors import float_dtype
 
-# The most numbers an example that all classes may hold at once; MNIST has 92,160.
+# The most numbers of an example, over all classes, that may be in memory at once; MNIST has 92,160.
 _MAX_NUMBERS_AT_ONCE = 2**17
 
 

@@ -167,7 +167,14 @@ def as_activations(function: str, activations: ArrayLike, votes: Votes) -> jax.A
     return at_least_float32(jnp.asarray(activations))
 
 
-def check_iterations(function: str, routings: int) -> None:
-    """Raises ValueError unless routings is an int of 1 or more."""
-    if not isinstance(routings, int) or isinstance(routings, bool) or routings < 1:
-        raise ValueError(f"{function}: routings is an int of 1 or more, got {routings!r}")
+def check_iterations(function: str, iterations: int, name: str = "routings") -> None:
+    """Raises ValueError unless the argument `name` is an int of 1 or more."""
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+        raise ValueError(f"{function}: {name} is an int of 1 or more, got {iterations!r}")
+
+
+def check_positive(function: str, **numbers: float) -> None:
+    """Raises ValueError unless all numbers are above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{function}: {name} is a number above 0, got {number}")

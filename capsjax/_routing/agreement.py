@@ -161,7 +161,7 @@ class Agreement:
     leak: bool = False
 
     def __post_init__(self) -> None:
-        check_iterations("routing", self.iterations)
+        check_iterations("Agreement", self.iterations, "iterations")
 
     def initial_bias(self, j: int, i: int, d: int) -> jax.Array | None:
         """Returns 0.1 [j, d] with a bias, None without."""

@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 from capsjax._routing._competition import Competition, OverWindows
 from capsjax._routing._gaussians import distances, moments
 from capsjax._routing._tiles import from_tiles, to_tiles
-from capsjax._routing._votes import Votes, as_activations, as_votes, check_iterations
+from capsjax._routing._votes import (
+    Votes,
+    as_activations,
+    as_votes,
+    check_iterations,
+    check_positive,
+)
 from capsjax._vectors import at_least_float32
 
 
@@ -21,7 +27,9 @@ class EMState(NamedTuple):
     poses: jax.Array  # μ [..., j, d]
     activations: jax.Array  # a [..., j]: from 0 to 1
     variances: jax.Array  # σ² [..., j, d]
-    responsibilities: jax.Array  # R [..., j, i]: with which they were fitted; Σ_j R = 1
+    responsibilities: (
+        jax.Array
+    )  # R [..., j, i]: with which they were fitted; Σ R = 1 over all that compete
 
 
 def em_routing(
@@ -44,7 +52,7 @@ def em_routing(
     E: R_ji = softmax_j(log a_j + Σ_d log N(V_jid; μ_jd, σ²_jd))
 
     The gradient flows through all of it. Votes are made for one output capsule after the other, so
-    that `MatrixVotes` and `DenseVotes` take 1/J of the memory.
+    that `MatrixVotes` and `DenseVotes` hold only 1/J of them at once.
 
     Where output capsules at several positions compete for an input capsule, leading axes are
     positions, i runs over the capsules of a window, and `over_windows` makes the softmax run over
@@ -59,9 +67,10 @@ def em_routing(
       routings: the number of M-steps, a Python int of 1 or more.
       inverse_temperature: a scalar, the limit of λ, which is inverse_temperature · (1 − 0.95^t) in
         the M-step t = 1, 2, ….
-      min_variance: is added to σ², which is 0 for a capsule with a single vote.
+      min_variance: is added to σ², which is 0 for a capsule with a single vote; above 0.
       mass: weighs Σ_i r_ji, so that one λ suits layers with many votes per output capsule and with
-        few; None: 100 J / I. 1: as in the paper.
+        few; None: 100 J / I, as in IBM's code, which does not count that an input capsule of
+        several windows shares itself out among all of them. 1: as in the paper.
       over_windows: `capsjax.logsumexp_over_windows` with the size and the stride of the windows;
         None: each input capsule has its J output capsules for itself.
 
@@ -69,7 +78,8 @@ def em_routing(
       An `EMState`, in float32: `poses`, `activations`, `variances` and `responsibilities`.
 
     Raises:
-      ValueError: if a shape does not fit or `routings` is not an int of 1 or more.
+      ValueError: if a shape does not fit, `routings` is not an int of 1 or more, or `min_variance`
+        is not above 0.
 
     Example:
       >>> import jax.numpy as jnp, capsjax
@@ -86,6 +96,7 @@ def em_routing(
     """
     votes = as_votes("em_routing", votes)
     check_iterations("em_routing", routings)
+    check_positive("em_routing", min_variance=min_variance)
     *lead, j, i, _ = votes.shape
     a = to_tiles(as_activations("em_routing", activations, votes), 1)  # [i, b]
     beta_u, beta_a = _as_beta("beta_u", beta_u, j), _as_beta("beta_a", beta_a, j)  # [j, 1]
@@ -131,7 +142,7 @@ class EM:
       inverse_temperature: the limit of λ, as in `capsjax.em_routing`.
 
     Raises:
-      ValueError: if `iterations` is not an int of 1 or more.
+      ValueError: if `iterations` is not an int of 1 or more, or `inverse_temperature` not above 0.
 
     Example:
       >>> from flax import nnx
@@ -149,7 +160,8 @@ class EM:
     inverse_temperature: float = 0.01
 
     def __post_init__(self) -> None:
-        check_iterations("em_routing", self.iterations)
+        check_iterations("EM", self.iterations, "iterations")
+        check_positive("EM", inverse_temperature=self.inverse_temperature)
 
     def __call__(
         self,

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax._routing._dense_votes import DenseVotes
-from capsjax._routing._votes import Votes
-from capsjax._routing.agreement import routing
+from capsjax._routing._votes import Votes, as_bias, as_votes
+from capsjax._vectors import squash
 
 
 def uniform_routing(votes: ArrayLike | Votes, *, bias: ArrayLike | None = None) -> jax.Array:
-    """Routes with equal couplings: routing by agreement after a single iteration.
+    """Routes with equal couplings, as routing by agreement does in a single iteration.
 
     v_j = squash(Σ_i û_ji / J)
 
@@ -36,7 +36,10 @@ def uniform_routing(votes: ArrayLike | Votes, *, bias: ArrayLike | None = None) 
       The control of Paik, Kwak, Kim, "Capsule Networks Need an Improved Routing Algorithm", 2019,
       arXiv:1907.13327.
     """
-    return routing(votes, routings=1, bias=bias)
+    votes = as_votes("uniform_routing", votes)
+    *lead, j, _, d = votes.shape
+    bias = as_bias("uniform_routing", bias, "[j, d]", (j, d), len(lead) + 2)
+    return squash(votes.weighted_sum() / j + bias).astype(votes.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 from capsjax._routing._competition import Competition, OverWindows
 from capsjax._routing._gaussians import distances, moments
 from capsjax._routing._tiles import from_tiles, to_tiles
-from capsjax._routing._votes import Votes, as_activations, as_votes, check_iterations
+from capsjax._routing._votes import (
+    Votes,
+    as_activations,
+    as_votes,
+    check_iterations,
+    check_positive,
+)
 
 
 class VariationalState(NamedTuple):
@@ -58,7 +64,8 @@ def variational_routing(
       A `VariationalState`, in float32.
 
     Raises:
-      ValueError: if a shape does not fit or `routings` is not an int of 1 or more.
+      ValueError: if a shape does not fit, `routings` is not an int of 1 or more, or a prior is not
+        above 0.
 
     Example:
       >>> import jax.numpy as jnp, capsjax
@@ -73,6 +80,12 @@ def variational_routing(
     """
     votes = as_votes("variational_routing", votes)
     check_iterations("variational_routing", routings)
+    check_positive(
+        "variational_routing",
+        prior_counts=prior_counts,
+        prior_mean_counts=prior_mean_counts,
+        prior_scale=prior_scale,
+    )
     *lead, j, i, d = votes.shape
     a = to_tiles(as_activations("variational_routing", activations, votes), 1)  # [i, b]
     competition = Competition(lead, over_windows)

@@ -49,8 +49,8 @@ def overlap(
       labels: class numbers [N].
       indices: of the bases, [B].
       pool: indices [P] of the images that tops are drawn from, each as likely; None: all. With
-        `indices` themselves no image outside of the batch is seen. Where all are of the base's
-        class, the top is the first of them.
+        `indices` themselves no image outside of the batch is seen. If the pool holds only the
+        base's class, the top is the pool's first image.
       shift: the largest shift in each direction, in pixels.
       canvas: the height and width of the result, larger than the images' by twice the shift or
         more.
@@ -73,8 +73,8 @@ def overlap(
     """
     images = jnp.asarray(images) if isinstance(images, np.ndarray) else images
     labels, indices = jnp.asarray(labels), jnp.asarray(indices)
-    _check(images, labels, indices, shift, canvas)
     pool = jnp.arange(len(images)) if pool is None else jnp.asarray(pool)
+    _check(images, labels, indices, pool, shift, canvas)
     draw, *move = jax.random.split(key, 3)
     tops = _draw_others(draw, labels[indices], pool, labels[pool])
     digits = jnp.stack(
@@ -109,13 +109,17 @@ def _add(base: jax.Array, top: jax.Array) -> jax.Array:
     return base + jnp.minimum(top, most - base)  # no overflow
 
 
-def _check(images: Any, labels: jax.Array, indices: jax.Array, shift: int, canvas: int) -> None:
+def _check(
+    images: Any, labels: jax.Array, indices: jax.Array, pool: jax.Array, shift: int, canvas: int
+) -> None:
     shape = images.shape
     if len(shape) != 4 or labels.shape != shape[:1] or indices.ndim != 1:
         raise ValueError(
             "overlap: expected images [N, H, W, C], labels [N] and indices [B], got "
             f"{list(shape)}, {list(labels.shape)} and {list(indices.shape)}"
         )
+    if pool.ndim != 1 or not len(pool):
+        raise ValueError(f"overlap: expected a pool [P] of an image or more, got {[*pool.shape]}")
     height, width = shape[1:3]
     if shift < 0 or min(canvas - height, canvas - width) < 2 * shift:
         raise ValueError(

@@ -28,7 +28,8 @@ class ConvCaps(nnx.Module):
       strides: s, the step between neighbouring windows, in positions.
       weight_init: of W [j, n·n·i, d, k]; by default N(0, 1) · 3 J / √(n·n·i·d), with which a stack
         of layers keeps the length of its capsules: of unit capsules, equally coupled, the sums are
-        3 long, and a squashed vector is shorter than half of that unless it is 2 long.
+        3 long. A factor below 2 would let lengths shrink to 0 from layer to layer; with 3 they
+        settle at 0.87.
       rngs: its stream `params` draws the initial values.
 
     Called with u [..., y, x, i, k], returns v [..., (y − n) // s + 1, (x − n) // s + 1, j, d].

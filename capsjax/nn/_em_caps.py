@@ -19,14 +19,14 @@ class PrimaryEMCaps(nnx.Module):
 
     M = x K,   a = sigmoid(x A)
 
-    There are no biases, as in the authors' code.
+    There are no biases, as in the authors' code, whose constant −1 in the sigmoid is left out.
 
     Args:
       in_channels: C.
       types: the number of i at each position.
       dim_caps: d, the numbers of a pose.
-      pose_init: of K [C, i·d]; 0.5 · N(0, 1) by default, as in the authors' code.
-      activation_init: of A [C, i]; 3 · N(0, 1) by default, as in the authors' code.
+      pose_init: of K [C, i·d]; 0.5 · N(0, 1) by default, in the authors' code truncated.
+      activation_init: of A [C, i]; 3 · N(0, 1) by default, in the authors' code truncated.
       rngs: its stream `params` draws the initial values.
 
     Called with x [..., H, W, C], returns `Capsules`: poses [..., H, W, i, d] in the dtype of x and
@@ -87,6 +87,16 @@ class _EMLayer(nnx.Module):
         self.beta_u = nnx.Param(jnp.zeros(shape[0], jnp.float32))
         self.beta_a = nnx.Param(jnp.zeros(shape[0], jnp.float32))
 
+    def _check(self, capsules: Capsules, types: int) -> None:
+        """Raises ValueError unless poses are [..., y, x, types, d], and activations fit them."""
+        shape, active = jnp.shape(capsules.poses), jnp.shape(capsules.activations)
+        d = self.weight.shape[-1] ** 2
+        if len(shape) < 4 or shape[-2:] != (types, d) or active != shape[:-1]:
+            raise ValueError(
+                f"{type(self).__name__}: expected poses [..., y, x, {types}, {d}] and activations "
+                f"[..., y, x, {types}], got {list(shape)} and {list(active)}"
+            )
+
     def _route(
         self, votes: MatrixVotes, activations: jax.Array, over_windows: OverWindows | None = None
     ) -> Capsules:
@@ -111,7 +121,8 @@ class ConvEMCaps(_EMLayer):
       routing: iterations of EM, or a `capsjax.EM`.
       kernel_size: n, the side of a window, in positions.
       strides: s, the step between neighbouring windows, in positions.
-      weight_init: of W [j, n·n·i, side, side].
+      weight_init: of W [j, n·n·i, side, side]; 0.5 · N(0, 1) by default. β_u and β_a begin at 0,
+        and the parameter `beta_a` holds β_a / 100. Both choices are ours.
       rngs: its stream `params` draws the initial values.
 
     Called with `Capsules`, poses [..., y, x, i, d] and activations [..., y, x, i], returns those at
@@ -149,6 +160,7 @@ class ConvEMCaps(_EMLayer):
         self.kernel_size, self.strides = kernel_size, strides
 
     def __call__(self, capsules: Capsules) -> Capsules:
+        self._check(capsules, self.weight.shape[1] // self.kernel_size**2)
         cut = partial(extract_windows, size=self.kernel_size, strides=self.strides)
         votes = MatrixVotes(cut(capsules.poses), self.weight[...])
         activations = cut(capsules.activations[..., None])[..., 0]
@@ -170,7 +182,7 @@ class EMCaps(_EMLayer):
       out_num_caps: the number of j.
       side: the rows and columns of a pose matrix, 2 or more; d = side².
       routing: iterations of EM, or a `capsjax.EM`.
-      weight_init: of W [j, i, side, side].
+      weight_init: of W [j, i, side, side]; and β_u and β_a, as in `ConvEMCaps`.
       rngs: its stream `params` draws the initial values.
 
     Called with `Capsules`, poses [..., y, x, i, d] and activations [..., y, x, i], returns poses
@@ -200,9 +212,12 @@ class EMCaps(_EMLayer):
         weight_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        if side < 2:
+            raise ValueError(f"EMCaps: side is 2 or more, for two coordinates, got {side}")
         super().__init__((out_num_caps, in_types, side, side), routing, weight_init, rngs)
 
     def __call__(self, capsules: Capsules) -> Capsules:
+        self._check(capsules, self.weight.shape[1])
         *lead, rows, columns, i, d = capsules.poses.shape
         positions = rows * columns
         weight = self.weight[...]

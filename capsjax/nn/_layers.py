@@ -254,7 +254,7 @@ def as_routing(routings: int | Routing) -> Routing:
     Raises:
       ValueError: if it is neither an int of 1 or more nor a `Routing`.
     """
-    if not callable(routings):
+    if not callable(routings) and not isinstance(routings, str):
         return Agreement(routings)
     frozen = getattr(routings, "__dataclass_params__", None)
     needed = hasattr(routings, "name") and hasattr(routings, "initial_bias")
