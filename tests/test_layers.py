@@ -12,8 +12,8 @@ PACKAGE = Path(capsjax.__path__[0])
 EXPERIMENTS = PACKAGE.parent / "experiments"
 # A room is a file or a sub-package of capsjax; those on one line may not import each other.
 ORDER = [
-    {"_files", "_labels", "_host_memory", "_pixels", "_relu", "_trees", "_vectors", "_windows"},
-    {"_conv"},
+    {"_files", "_labels", "_host_memory", "_pixels", "_relu", "_trees", "_vectors"},
+    {"_conv", "_windows"},
     {"_decoder", "_losses", "_primary"},
     {"_routing", "data", "sharding"},
     {"nn"},
