@@ -57,8 +57,8 @@ CONTENDERS = {
     "capsjax bfloat16": Contender("capsjax", "bfloat16"),
 }
 
-# Other networks have few of them: as it comes, and what was fastest. Matrix capsules are routed in
-# float32 whatever their poses are.
+# Other networks have few of them: as it comes, and with all that made CapsNet faster. Matrix
+# capsules are routed in float32 whatever their poses are.
 BOTH = (PYTORCH, "PyTorch bfloat16, allocator set, rewritten", CAPSJAX, "capsjax bfloat16")
 FLOAT32 = (PYTORCH, "PyTorch float32, allocator set, rewritten", CAPSJAX)
 NETWORKS = {"efficient": BOTH, "matrix": FLOAT32, "cnn": BOTH}

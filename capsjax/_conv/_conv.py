@@ -134,14 +134,14 @@ def _compute_gradients_on_cpu(strides, x, w, _, dy):
     # A matrix product, since XLA's sum of bfloat16 over leading axes takes ten times as long.
     flat = dy.reshape(-1, dy.shape[3])
     db = contract(jnp.ones(flat.shape[0], dy.dtype), flat, ((0,), (0,)))
-    plan = plan_axes(x.shape[1:3], w.shape, strides, x.dtype.name)
+    plan, direct = plan_axes(x.shape[1:3], w.shape, strides, x.dtype.name), _choose_direct(w)
     if plan:
         dx, dw = _toom_cook.compute_gradients(plan, x, w, dy)
-    elif _choose_direct(w) is _native and _shifts.pay(strides, w):
+    elif direct is _native and _shifts.pay(strides, w):
         dx = _native.compute_dx(strides, x.shape, w, dy)
         dw = _shifts.compute_dw(x, w, dy).astype(w.dtype)
     else:
-        dx, dw = _choose_direct(w).compute_gradients(strides, x, w, dy)
+        dx, dw = direct.compute_gradients(strides, x, w, dy)
     return dx, dw, db.astype(dy.dtype)
 
 

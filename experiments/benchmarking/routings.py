@@ -1,7 +1,6 @@
 """Every routing as the layer of CapsNet's class capsules: with votes never made, and made first."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import capsjax
+from benchmarking.worker import time_calls
+from capsjax.run.machine import keep_freed_memory
 
 _J, _I, _D, _K = 10, 1152, 16, 8
 _ZEROS = np.zeros(_J, np.float32)
@@ -22,26 +23,34 @@ class Cost(NamedTuple):
     memory: float  # MiB of temporaries
 
 
-# Functions of votes [b, j, i, d] and activations [b, i].
-_ROUTINGS: dict[str, Callable[[Any, jax.Array], Any]] = {
-    "agreement": lambda votes, a: capsjax.routing(votes),
-    "agreement, leaky": lambda votes, a: capsjax.routing(votes, leak=True),
-    "agreement, all gradients": lambda votes, a: capsjax.routing(votes, stop_gradient=False),
-    "uniform": lambda votes, a: capsjax.uniform_routing(votes),
-    "random": lambda votes, a: capsjax.random_routing(jax.random.key(0), votes),
-    "self-attention": lambda votes, a: capsjax.self_attention_routing(votes),
-    "inverted attention": lambda votes, a: capsjax.attention_routing(votes),
-    "EM": lambda votes, a: capsjax.em_routing(votes, a, beta_u=_ZEROS, beta_a=_ZEROS)[:2],
-    "variational Bayes": lambda votes, a: capsjax.variational_routing(votes, a)[:2],
-    "self-routing": lambda votes, a: capsjax.self_routing(
-        votes, a, jnp.broadcast_to(a[:, None], votes.shape[:-1])
-    ),
+def _self_routing(votes: Any, u: jax.Array, a: jax.Array) -> Any:
+    logits = jnp.einsum("bik,jik->bji", u, jnp.full((_J, _I, _K), 0.1))
+    return capsjax.self_routing(votes, a, logits)
+
+
+# Functions of votes [b, j, i, d], and of input capsules [b, i, k] and their activations [b, i].
+_ROUTINGS: dict[str, Callable[[Any, jax.Array, jax.Array], Any]] = {
+    "agreement": lambda votes, u, a: capsjax.routing(votes),
+    "agreement, leaky": lambda votes, u, a: capsjax.routing(votes, leak=True),
+    "agreement, all gradients": lambda votes, u, a: capsjax.routing(votes, stop_gradient=False),
+    "uniform": lambda votes, u, a: capsjax.uniform_routing(votes),
+    "random": lambda votes, u, a: capsjax.random_routing(jax.random.key(0), votes),
+    "self-attention": lambda votes, u, a: capsjax.self_attention_routing(votes),
+    "inverted attention": lambda votes, u, a: capsjax.attention_routing(votes),
+    "EM": lambda votes, u, a: capsjax.em_routing(votes, a, beta_u=_ZEROS, beta_a=_ZEROS)[:2],
+    "variational Bayes": lambda votes, u, a: capsjax.variational_routing(votes, a)[:2],
+    "self-routing": _self_routing,
 }
 
 
 def time_routings(batch: int, rounds: int, steps: int) -> dict[str, tuple[Cost, Cost]]:
-    """Returns what each routing takes with `capsjax.DenseVotes`, and with the array of votes."""
-    return {name: _time_routing(name, batch, rounds, steps) for name in _ROUTINGS}
+    """Returns what each routing takes with `capsjax.DenseVotes`, and with the array of votes.
+
+    On a CPU, with the allocator as capsjax.run sets it.
+    """
+    keep_freed_memory()
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return {name: _time_routing(name, batch, rounds, steps) for name in _ROUTINGS}
 
 
 def _time_routing(name: str, batch: int, rounds: int, steps: int) -> tuple[Cost, Cost]:
@@ -54,7 +63,8 @@ def _time_routing(name: str, batch: int, rounds: int, steps: int) -> tuple[Cost,
         for form in (capsjax.DenseVotes, capsjax.predictions)
     ]
     arrays = jax.device_put((u, weight, a))
-    turns = [[_time(program, arrays, steps) for program in programs] for _ in range(rounds)]
+    tasks = [lambda run=run: jax.block_until_ready(run(*arrays)) for run in programs]
+    turns = [[time_calls(task, steps) for task in tasks] for _ in range(rounds)]
     never_made, made = (
         Cost(statistics.median(times), _count_temporaries(program))
         for times, program in zip(zip(*turns, strict=True), programs, strict=True)
@@ -66,7 +76,7 @@ def _differentiate(routing: Callable, form: Callable) -> Callable:
     """Returns a function of u, W and a: all outputs of a layer, and the gradients of their sum."""
 
     def layer(u: jax.Array, weight: jax.Array, a: jax.Array) -> tuple[jax.Array, Any]:
-        outputs = routing(form(u, weight), a)
+        outputs = routing(form(u, weight), u, a)
         return jnp.sum(jnp.stack([jnp.sum(x) for x in jax.tree.leaves(outputs)])), outputs
 
     return jax.value_and_grad(layer, (0, 1, 2), has_aux=True)
@@ -75,14 +85,3 @@ def _differentiate(routing: Callable, form: Callable) -> Callable:
 def _count_temporaries(program: Any) -> float:
     """Returns MiB."""
     return program.memory_analysis().temp_size_in_bytes / 2**20
-
-
-def _time(program: Any, arrays: tuple[jax.Array, ...], steps: int) -> float:
-    """Returns the median seconds of some calls, after one that is not timed."""
-    jax.block_until_ready(program(*arrays))
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        jax.block_until_ready(program(*arrays))
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)

@@ -55,11 +55,11 @@ def _import_tasks(contender: Contender) -> Any:
 def _answer(tasks: Tasks, figures: Tasks) -> None:
     for line in sys.stdin:
         name, repeats = json.loads(line)
-        result = figures[name]() if name in figures else _time(tasks[name], repeats)
+        result = figures[name]() if name in figures else time_calls(tasks[name], repeats)
         print(json.dumps(result), flush=True)
 
 
-def _time(task: Callable[[], Any], repeats: int) -> float:
+def time_calls(task: Callable[[], Any], repeats: int) -> float:
     """Returns the median seconds of a task, after one call that is not timed."""
     task()
     times = []
