@@ -49,6 +49,9 @@ class Task(Protocol):
     def test_batch(self, images: Images, labels: jax.Array, indices: ArrayLike) -> Batch:
         """Makes a batch for evaluation, without randomness."""
 
+    def count_tests(self, images: int) -> int:
+        """Returns how many examples `test_batch` makes of so many test images; indices count up."""
+
     def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
         """Calls the network; `labels` are what its decoder may know, None in evaluation."""
 
@@ -117,6 +120,10 @@ class Classification:
         """Gathers the examples."""
         pixels = to_unit_interval(_gather(images, indices))
         return Batch(pixels, labels[indices], pixels)
+
+    def count_tests(self, images: int) -> int:
+        """Returns `images`."""
+        return images
 
     def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
         """Calls the network."""

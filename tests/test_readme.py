@@ -11,8 +11,10 @@ from flax import nnx
 
 import benchmark
 import capsjax
+import mnist
+import multi_mnist
 import perturb
-from capsjax.run import Settings, main
+from capsjax.run import Experiment, main
 from data_files import digits, write_npz
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +69,8 @@ def test_a_network_of_ones_own_trains_from_the_command_line(tmp_path, capsys):
 
 def test_every_command_names_a_file_and_flags_that_exist():
     flags = {
-        "mnist.py": [f for g in dataclasses.fields(Settings) for f in list_fields(g)],
+        "mnist.py": list_flags(mnist.MNIST),
+        "multi_mnist.py": list_flags(multi_mnist.MULTI_MNIST),
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
         "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],
         "table.py": [],
@@ -81,8 +84,9 @@ def test_every_command_names_a_file_and_flags_that_exist():
         assert set(given) <= {*flags[script], "help"}, (script, rest)
 
 
-def list_fields(group: dataclasses.Field) -> list[str]:
-    return [field.name for field in dataclasses.fields(group.default_factory)]
+def list_flags(experiment: Experiment) -> list[str]:
+    groups = filter(None, vars(experiment.settings()).values())
+    return [field.name for group in groups for field in dataclasses.fields(group)]
 
 
 def test_every_file_and_folder_of_the_tree_exists():

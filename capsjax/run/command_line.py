@@ -46,13 +46,24 @@ def parse(args: Sequence[str] | None, experiment: Experiment) -> Settings:
     source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
     with refusals():
         default = _find_defaults(source, experiment)
-    settings = tyro.cli(
-        Settings, args=args, default=default, config=config, description=experiment.description
-    )
+    settings = _ask(args, default, config, experiment.description)
     with refusals():
         if source.resume is not None:
             refuse_changes(settings, default)
     return settings
+
+
+def _ask(args: Sequence[str], default: Settings, config: Any, description: str) -> Settings:
+    """Reads all flags, those of the options too, whose type only the experiment knows."""
+    kind: Any = Settings
+    options = default.options
+    if options is not None:
+        field = ("options", type(options), dataclasses.field(default=options))
+        kind = dataclasses.make_dataclass("Settings", [field], bases=(Settings,), frozen=True)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    first = kind(**{name: getattr(default, name) for name in names})
+    asked = tyro.cli(kind, args=args, default=first, config=config, description=description)
+    return Settings(**{name: getattr(asked, name) for name in names})
 
 
 @contextlib.contextmanager
@@ -76,7 +87,7 @@ class _Told(NamedTuple):
 
 def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     if source.resume is not None:
-        return _resume_defaults(source, source.resume)
+        return _resume_defaults(source, source.resume, experiment)
     files = tuple(map(find_weights, source.weights))
     for file in files:
         if not file.exists():
@@ -85,7 +96,7 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
         return _preset_defaults(source, experiment, None)
     if not is_run(files[0]):
         return _preset_defaults(source, experiment, _describe(files[0]))
-    saved = read_settings(files[0])
+    saved = read_settings(files[0], experiment.options)
     network = _check_names(source, files[0])
     if not source.testing:
         recipe = saved.recipe
@@ -97,8 +108,8 @@ def _find_defaults(source: Source, experiment: Experiment) -> Settings:
     return saved
 
 
-def _resume_defaults(source: Source, folder: Path) -> Settings:
-    saved = read_settings(folder)
+def _resume_defaults(source: Source, folder: Path, experiment: Experiment) -> Settings:
+    saved = read_settings(folder, experiment.options)
     _check_names(source, folder)
     recipe = dataclasses.replace(
         saved.recipe, network=source.network, routing=source.routing or saved.recipe.routing

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from capsjax.presets import PRESETS, Preset, Training
 from capsjax.run.settings import Images, Recipe, Settings
@@ -30,16 +31,27 @@ class Experiment:
     Attributes:
       description: the first lines of its `--help`.
       presets: recipes by name; the first is the default.
-      make_task: makes the task from the hyper-parameters.
+      make_task: makes the task from the hyper-parameters and, where there are any, the options.
       dataset: the data set that is loaded unless another is named.
+      options: a frozen dataclass of this experiment's own settings; each of its fields becomes a
+        flag, whose help is the field's docstring.
+      draw: draws pictures in place of those of a classification:
+        draw(folder, model, task, dataset, rows of metrics.csv).
     """
 
     description: str = "Train a capsule network, test it, and draw what it learnt."
     presets: Mapping[str, Preset] = dataclasses.field(default_factory=lambda: PRESETS)
-    make_task: Callable[[Training], Task] = make_classification
+    make_task: Callable[..., Task] = make_classification
     dataset: str = "mnist"
+    options: Any = None
+    draw: Callable[..., None] | None = None
 
     def settings(self, preset: str | None = None) -> Settings:
         """Returns the settings of a preset, the default one if none is named."""
         name = preset or next(iter(self.presets))
-        return Settings(Recipe(name), self.presets[name].training, Images(dataset=self.dataset))
+        recipe, images = Recipe(name), Images(dataset=self.dataset)
+        return Settings(recipe, self.presets[name].training, images, options=self.options)
+
+    def task(self, training: Training, options: Any) -> Task:
+        """Makes the task of hyper-parameters and options."""
+        return self.make_task(training, *(() if options is None else (options,)))

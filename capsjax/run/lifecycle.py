@@ -54,7 +54,7 @@ def run(experiment: Experiment, settings: Settings) -> Result:
     """
     with contextlib.ExitStack() as stack:
         runner, opened = prepare(experiment, settings, stack)
-        return finish(runner, opened)
+        return finish(experiment, runner, opened)
 
 
 def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def main(experiment: Experiment, args: Sequence[str] | None = None) -> None:
                 _refuse_used_folder(settings)
                 runner, opened = prepare(experiment, settings, stack)
             with failures(opened.folder):
-                test = finish(runner, opened).test
+                test = finish(experiment, runner, opened).test
             print(f"test error: {test.error:.2f} % ({test.wrong} of {test.examples})")
     except KeyboardInterrupt:  # before the first step or after the last
         raise SystemExit(130) from None
@@ -104,7 +104,7 @@ def prepare(
     return runner, opened
 
 
-def finish(runner: Runner, opened: Opened) -> Result:
+def finish(experiment: Experiment, runner: Runner, opened: Opened) -> Result:
     """Trains to the last epoch, or only tests, and leaves weights and pictures."""
     run, folder = runner.plan.settings.run, opened.folder
     if run.testing:
@@ -114,12 +114,17 @@ def finish(runner: Runner, opened: Opened) -> Result:
     else:
         state, test, predicted = runner.train(folder, opened.state, opened.notes)
     if jax.process_index() == 0:
-        _leave(runner, folder, state, test, predicted)
+        _leave(experiment, runner, folder, state, test, predicted)
     return Result(folder, test)
 
 
 def _leave(
-    runner: Runner, folder: Path, state: TrainState, test: Metrics, predicted: np.ndarray
+    experiment: Experiment,
+    runner: Runner,
+    folder: Path,
+    state: TrainState,
+    test: Metrics,
+    predicted: np.ndarray,
 ) -> None:
     """Writes weights and pictures."""
     plan = runner.plan
@@ -137,6 +142,9 @@ def _leave(
         weights.save(model, folder / FINAL_WEIGHTS, notes)
     tested = run.weights_folder if run.testing else None
     rows = read_rows(tested or folder, plan.columns)
+    if experiment.draw is not None:
+        experiment.draw(folder, model, plan.setup.task, data, rows)
+        return
     x_test = _show_test_images(runner)
     write_pictures(folder, model, x_test, data.y_test, predicted, data.class_names, rows)
 

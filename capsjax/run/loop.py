@@ -117,7 +117,9 @@ class Runner:
           Stopped: after a signal, between two batches.
         """
         images, labels = self._test_set if train_indices is None else self._train_set
-        indices = np.arange(len(labels), dtype=np.int32) if train_indices is None else train_indices
+        indices = train_indices
+        if indices is None:
+            indices = np.arange(self.plan.setup.task.count_tests(len(labels)), dtype=np.int32)
         state = jax.device_put(state, sharding.replicated(self.plan.mesh))
         results: list[tuple[Sums, jax.Array]] = []
         for batch, counted in self._fill_batches(indices):

@@ -121,8 +121,9 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
 def _resume(folder: Path, plan: Plan, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Reads the newest checkpoint; without one the run starts again from its initial state."""
     config, epochs = read_config(folder), plan.settings.training.epochs
-    asked = from_json(to_json(plan.settings))  # with absolute paths, as they were saved
-    saved, run = read_settings(folder), asked.run
+    options = plan.settings.options
+    asked = from_json(to_json(plan.settings), options)  # with absolute paths, as they were saved
+    saved, run = read_settings(folder, options), asked.run
     # --resume continues with the weights that the run was begun with.
     if plan.settings.run.resume is None:
         run = dataclasses.replace(run, weights=saved.run.weights)

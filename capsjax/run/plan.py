@@ -70,7 +70,7 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
         )
     mesh = sharding.make_mesh(batch_size, settings.run.devices)
     print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
-    training, task = _make_task(settings.training, preset, experiment, dataset)
+    training, task = _make_task(settings, preset, experiment, dataset)
     settings = dataclasses.replace(settings, training=training)
     optimizer = preset.optimizer(training, steps)
     graphdef, state = _make_state(settings, preset, task, optimizer, dataset)
@@ -99,13 +99,14 @@ def _find_preset(name: str, experiment: Experiment) -> Preset:
 
 
 def _make_task(
-    training: Training, preset: Preset, experiment: Experiment, dataset: data.Dataset
+    settings: Settings, preset: Preset, experiment: Experiment, dataset: data.Dataset
 ) -> tuple[Training, Task]:
     """Makes the task, and completes the hyper-parameters for the images that it makes."""
-    task = experiment.make_task(preset.complete(training, dataset.image_shape))
+    training, options = settings.training, settings.options
+    task = experiment.task(preset.complete(training, dataset.image_shape), options)
     shape = batch_shape(task, dataset.x_test, dataset.y_test)
     training = preset.complete(training, shape)
-    return training, experiment.make_task(training)
+    return training, experiment.task(training, options)
 
 
 def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from capsjax._pretrained import PRETRAINED
 from capsjax.presets import Training, check
 from capsjax.run.folder import read_config
@@ -165,6 +167,7 @@ class Settings:
     images: Images = dataclasses.field(default_factory=Images)
     run: Run = dataclasses.field(default_factory=Run)
     processes: Processes = dataclasses.field(default_factory=Processes)
+    options: tyro.conf.Suppress[Any] = None  # of an experiment that has some
 
 
 # The groups that a run's folder keeps. It does not keep how many processes there are, because a
@@ -200,8 +203,8 @@ def shared_settings(settings: Settings) -> dict[str, dict[str, Any]]:
     }
 
 
-def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """Inverts `to_json`, for a single process."""
+def from_json(groups: Mapping[str, Mapping[str, Any]], options: Any = None) -> Settings:
+    """Inverts `to_json`, for a single process; `options` are any of the experiment's."""
 
     def read(kind: type, fields: Mapping[str, Any]) -> Any:
         given = dict(fields)
@@ -212,15 +215,18 @@ def from_json(groups: Mapping[str, Mapping[str, Any]]) -> Settings:
                 given[field.name] = tuple(map(Path, given[field.name]))
         return kind(**given)
 
-    return Settings(**{name: read(kind, groups[name]) for name, kind in SAVED_GROUPS.items()})
+    if ("options" in groups) != (options is not None):
+        raise KeyError("it is the run of another experiment")
+    kinds = SAVED_GROUPS if options is None else SAVED_GROUPS | {"options": type(options)}
+    return Settings(**{name: read(kind, groups[name]) for name, kind in kinds.items()})
 
 
 def refuse_changes(settings: Settings, saved: Settings) -> None:
     """Raises ValueError if a run cannot be continued with other settings than its own."""
-    for group in SAVED_GROUPS:
-        now, then = getattr(settings, group), getattr(saved, group)
-        for name in (field.name for field in dataclasses.fields(now)):
-            ours, theirs = getattr(now, name), getattr(then, name)
+    now, then = _fields(settings), _fields(saved)
+    for group, fields in now.items():
+        for name, ours in fields.items():
+            theirs = then[group][name]
             allowed = name == "devices" or (name == "epochs" and ours > theirs)
             if ours != theirs and not allowed:
                 raise ValueError(
@@ -229,15 +235,15 @@ def refuse_changes(settings: Settings, saved: Settings) -> None:
                 )
 
 
-def read_settings(folder: Path) -> Settings:
-    """Reads the settings that a run was started with.
+def read_settings(folder: Path, options: Any = None) -> Settings:
+    """Reads the settings that a run was started with; `options` are any of the experiment's.
 
     Raises:
       ValueError: if there is no run, or its config.json is damaged.
     """
     config = read_config(folder)
     try:
-        return from_json(config["settings"])
+        return from_json(config["settings"], options)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is damaged or of another version of capsjax: {error}"
@@ -250,4 +256,5 @@ def _show(value: Any) -> str:
 
 
 def _fields(settings: Settings) -> dict[str, dict[str, Any]]:
-    return {group: dataclasses.asdict(getattr(settings, group)) for group in SAVED_GROUPS}
+    groups = (*SAVED_GROUPS, "options") if settings.options is not None else SAVED_GROUPS
+    return {group: dataclasses.asdict(getattr(settings, group)) for group in groups}

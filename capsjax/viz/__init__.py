@@ -9,7 +9,16 @@ from capsjax.viz._capsules import capsules
 from capsjax.viz._curves import curves
 from capsjax.viz._grids import image_grid
 from capsjax.viz._misread import misread
+from capsjax.viz._overlaps import overlaps
 from capsjax.viz._perturbations import perturbations
 from capsjax.viz._reconstructions import reconstructions
 
-__all__ = ["capsules", "curves", "image_grid", "misread", "perturbations", "reconstructions"]
+__all__ = [
+    "capsules",
+    "curves",
+    "image_grid",
+    "misread",
+    "overlaps",
+    "perturbations",
+    "reconstructions",
+]
