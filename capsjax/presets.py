@@ -31,6 +31,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "zoom": (lambda value: 0 <= value <= 0.9, "from 0 to 0.9"),
     "elastic": (lambda value: 0 <= value < math.inf, "0 or more"),
     "average": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "target": (lambda value: 0 < value <= 100, "above 0 and at most 100"),
 }
 
 
@@ -64,6 +65,8 @@ class Training:
     """Standard deviation of a random, smooth distortion of a training image, in pixels."""
     average: float | None = None
     """Decay of a moving average of the weights, which evaluation then uses. None: no average."""
+    target: float | None = None
+    """Stop after the first epoch whose validation accuracy, in %, reaches this. None: after all."""
 
     def __post_init__(self) -> None:
         for name, (holds, expected) in _RANGES.items():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+import affnist
 import benchmark
 import capsjax
 import mnist
@@ -71,6 +72,7 @@ def test_every_command_names_a_file_and_flags_that_exist():
     flags = {
         "mnist.py": list_flags(mnist.MNIST),
         "multi_mnist.py": list_flags(multi_mnist.MULTI_MNIST),
+        "affnist.py": list_flags(affnist.AFFNIST),
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
         "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],
         "table.py": [],

@@ -46,7 +46,8 @@ def parse(args: Sequence[str] | None, experiment: Experiment) -> Settings:
     source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
     with refusals():
         default = _find_defaults(source, experiment)
-    settings = _ask(args, default, config, experiment.description)
+    description = f"{experiment.description} Presets: {', '.join(experiment.presets)}."
+    settings = _ask(args, default, config, description)
     with refusals():
         if source.resume is not None:
             refuse_changes(settings, default)

@@ -64,7 +64,7 @@ class Runner:
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
     ) -> tuple[TrainState, Metrics, np.ndarray]:
-        """Trains from `state` to the last epoch.
+        """Trains from `state` to the last epoch, or to the first that reaches the target.
 
         Returns the last state, or the best on the validation images if there are any, its metrics
         on the test images, and their predicted classes.
@@ -87,6 +87,8 @@ class Runner:
             if self._signals.stop():
                 self._end(checkpoints, state, seconds)
             for epoch in range(done, epochs):
+                if self._has_reached_target(rows):
+                    break
                 state, seconds = self._train_epoch(epoch, state, seconds, checkpoints)
                 validated, tested = self._evaluate_epoch(state, seconds, checkpoints)
                 rows.append(self._make_row(epoch, state, seconds, validated, tested[0]))
@@ -190,6 +192,13 @@ class Runner:
             return validated, self.evaluate(state)
         except Stopped:
             self._end(checkpoints, state, seconds)
+
+    def _has_reached_target(self, rows: list[dict[str, Any]]) -> bool:
+        """Returns whether the last epoch's validation accuracy is what is asked for."""
+        target = self.plan.settings.training.target
+        if target is None or not rows:
+            return False
+        return round(100 - float(rows[-1]["validation_error"]), 6) >= target
 
     def _take_best(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """Returns the state after the epoch of least validation error."""

@@ -61,7 +61,7 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
       ValueError: if the settings do not fit the images or the devices.
     """
     preset = _find_preset(settings.recipe.preset, experiment)
-    dataset, train_indices, validation_indices = _load(settings)
+    dataset, train_indices, validation_indices = _load(settings, experiment)
     batch_size = settings.training.batch_size
     steps = len(train_indices) // batch_size
     if not steps:
@@ -109,23 +109,39 @@ def _make_task(
     return training, experiment.task(training, options)
 
 
-def _load(settings: Settings) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
+def _load(
+    settings: Settings, experiment: Experiment
+) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
     """Loads the images; returns also which of them are trained on and which held out."""
     images = settings.images
     dataset = data.load(images.dataset, images.data_dir, download=images.download)
+    dataset, train, held_out = _select(dataset, images, settings.recipe.seed)
+    if experiment.prepare is not None:
+        dataset = experiment.prepare(dataset, held_out, settings.options)
     height, width, channels = dataset.image_shape
     print(f"data      {dataset.source}")
     print(
-        f"          {len(dataset.y_train):,} training and {len(dataset.y_test):,} test images of "
-        f"{height}×{width}×{channels} in {dataset.num_classes} classes"
+        f"          {len(train):,} training"
+        + (f", {len(held_out):,} validation" if len(held_out) else "")
+        + f" and {len(dataset.y_test):,} test images of {height}×{width}×{channels} in "
+        f"{dataset.num_classes} classes"
     )
+    if settings.training.target is not None and not len(held_out):
+        raise ValueError("--target is reached on validation images: add --validation")
     for flag in ("shift_pixels", "elastic"):
         if (pixels := getattr(settings.training, flag)) >= min(height, width):
             raise ValueError(
                 f"--{flag.replace('_', '-')} {pixels} would move images of {height}×{width} pixels "
                 "out of sight"
             )
-    train, held_out = _split(len(dataset.y_train), images, settings.recipe.seed)
+    return dataset, train, held_out
+
+
+def _select(
+    dataset: data.Dataset, images: Images, seed: int
+) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
+    """Keeps the training images that are used; returns also which to train on and to hold out."""
+    train, held_out = _split(len(dataset.y_train), images, seed)
     if images.train_size or images.validation:  # the devices hold only what is used
         used = np.concatenate([train, held_out])
         dataset = dataclasses.replace(

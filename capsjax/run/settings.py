@@ -28,10 +28,10 @@ def is_run(weights: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The preset gives the defaults here and of the training options: try --preset paper --help."""
+    """The preset gives the defaults here and of the training options: see --preset NAME --help."""
 
     preset: str = "seed"
-    """seed: as most others. paper, cnn-paper: the authors'. Others: ours; see the README."""
+    """Recipe: one of the presets named above."""
     network: str | None = None
     """capsnet, efficient, matrix or cnn: chooses its first preset. None: --preset tells it."""
     routing: str | None = None

@@ -149,6 +149,7 @@ def test_config_json_holds_every_setting_versions_device_revision_and_data(plain
             "zoom": 0,
             "elastic": 0,
             "average": None,
+            "target": None,
         },
         "images": {
             "dataset": "mnist",
