@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +48,8 @@ def parse(args: Sequence[str] | None, experiment: Experiment) -> Settings:
     source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
     with refusals():
         default = _find_defaults(source, experiment)
-    description = f"{experiment.description} Presets: {', '.join(experiment.presets)}."
+    words = f"{experiment.description} Presets: {', '.join(experiment.presets)}."
+    description = textwrap.fill(words, shutil.get_terminal_size().columns)  # tyro does not
     settings = _ask(args, default, config, description)
     with refusals():
         if source.resume is not None:
