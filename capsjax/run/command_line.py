@@ -48,13 +48,17 @@ def parse(args: Sequence[str] | None, experiment: Experiment) -> Settings:
     source, _ = tyro.cli(Source, args=args, return_unknown_args=True, add_help=False, config=config)
     with refusals():
         default = _find_defaults(source, experiment)
-    words = f"{experiment.description} Presets: {', '.join(experiment.presets)}."
-    description = textwrap.fill(words, shutil.get_terminal_size().columns)  # tyro does not
-    settings = _ask(args, default, config, description)
+    settings = _ask(args, default, config, _describe_experiment(experiment))
     with refusals():
         if source.resume is not None:
             refuse_changes(settings, default)
     return settings
+
+
+def _describe_experiment(experiment: Experiment) -> str:
+    """Returns the first lines of the help, which tyro leaves as they are if a space begins them."""
+    words = f"{experiment.description} Presets: {', '.join(experiment.presets)}."
+    return "\n ".join(textwrap.wrap(words, shutil.get_terminal_size().columns - 1))
 
 
 def _ask(args: Sequence[str], default: Settings, config: Any, description: str) -> Settings:
