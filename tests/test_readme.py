@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+import ablation
 import affnist
 import benchmark
 import capsjax
@@ -73,6 +74,7 @@ def test_every_command_names_a_file_and_flags_that_exist():
         "mnist.py": list_flags(mnist.MNIST),
         "multi_mnist.py": list_flags(multi_mnist.MULTI_MNIST),
         "affnist.py": list_flags(affnist.AFFNIST),
+        "ablation.py": [field.name for field in dataclasses.fields(ablation.Ablation)],
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
         "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],
         "table.py": [],
