@@ -16,6 +16,7 @@ import capsjax
 import mnist
 import multi_mnist
 import perturb
+import small_norb
 from capsjax.run import Experiment, main
 from data_files import digits, write_npz
 
@@ -74,6 +75,7 @@ def test_every_command_names_a_file_and_flags_that_exist():
         "mnist.py": list_flags(mnist.MNIST),
         "multi_mnist.py": list_flags(multi_mnist.MULTI_MNIST),
         "affnist.py": list_flags(affnist.AFFNIST),
+        "small_norb.py": list_flags(small_norb.SMALL_NORB),
         "ablation.py": [field.name for field in dataclasses.fields(ablation.Ablation)],
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
         "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capsjax.data import _folders, _idx, _mnist_family, _npz, _shipped_mnist, _tfds
+from capsjax.data import _folders, _idx, _mnist_family, _npz, _shipped_mnist, _small_norb, _tfds
 from capsjax.data._dataset import DataError, Dataset, Names, build_dataset
 
 _NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
@@ -24,6 +24,9 @@ def load(
       data_dir or the folder of the data set in it;
     - a folder of IDX files, gzipped or not: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
       `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, or `emnist-letters-train-images-…`;
+    - a folder of smallNORB's own files, `smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat`, its
+      `-cat.mat` and both of `…-testing`, gzipped or not; the photographs of both cameras become two
+      channels, and each 2 × 2 of their 96 × 96 pixels one pixel;
     - an `.npz` file, or a folder with one, of uint8 images `x_train`, `x_test` [N, H, W] or
       [N, H, W, C], labels `y_train`, `y_test` [N] and, optionally, `class_names`;
     - a folder with `train/<class>/*.png|jpg|jpeg` and `test/<class>/…`, grey or RGB, all of one
@@ -61,6 +64,7 @@ def load(
 
     References:
       LeCun, Bottou, Bengio, Haffner, 1998, http://yann.lecun.com/exdb/mnist.
+      LeCun, Huang, Bottou, 2004, https://cs.nyu.edu/~ylclab/data/norb-v1.0-small.
       Cohen, Afshar, Tapson, van Schaik, 2017, EMNIST, arXiv:1702.05373.
       TFDS, https://www.tensorflow.org/datasets.
     """
@@ -105,6 +109,9 @@ def _load_path(path: Path, name: str) -> Dataset | None:
         return dataset
     if files := _idx.find(path, name):
         return _load_idx(files, path, name)
+    if files := _small_norb.find(path):
+        arrays, names = _small_norb.read(files), _small_norb.CLASS_NAMES
+        return build_dataset(**arrays, class_names=names, source=f"smallNORB: its files in {path}")
     if _folders.has_splits(path):
         arrays, classes = _folders.read(path)
         return build_dataset(**arrays, class_names=classes, source=f"class folders in {path}")
@@ -164,7 +171,8 @@ def _describe_absence(name: str, folder: Path, given: bool) -> str:
         return f"{folder} does not exist, but {name} was expected there;"
     return (
         f"{folder} holds no {name}: expected a data set that TFDS prepared, four IDX files, "
-        "an .npz file, or class folders train/<class>/ and test/<class>/ of PNG or JPEG images;"
+        "those of smallNORB, an .npz file, or class folders train/<class>/ and test/<class>/ of "
+        "PNG or JPEG images;"
     )
 
 

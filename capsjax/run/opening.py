@@ -36,6 +36,7 @@ from capsjax.run.settings import (
     shared_settings,
     to_json,
 )
+from capsjax.tasks import batch_shape
 from capsjax.train import TrainState, merge
 
 
@@ -110,7 +111,7 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
     config = {
         "settings": to_json(plan.settings),
         "network": _describe_network(plan, state),
-        "image_shape": plan.dataset.image_shape,
+        "image_shape": batch_shape(plan.setup.task, plan.dataset.x_test, plan.dataset.y_test),
         **describe_provenance(),
         "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
         "steps_per_epoch": plan.steps,
