@@ -29,7 +29,7 @@ from convolutions import (
 )
 
 # The Toom-Cook algorithm convolves these images with this kernel in both dtypes.
-IMAGE, KERNEL = (8, 9, 16), (5, 5, 16, 64)
+IMAGE, KERNEL = (8, 9, 32), (5, 5, 32, 64)
 
 
 def plan(image, kernel, strides=(1, 1), dtype="float32"):
@@ -187,7 +187,7 @@ def gradients(*arrays):
 
 
 SIZES = pytest.mark.parametrize(
-    ("taps", "channels"), [(5, 16), (5, 2), (3, 16)], ids=["toom-cook", "patches", "shifts"]
+    ("taps", "channels"), [(5, 32), (5, 2), (3, 16)], ids=["toom-cook", "patches", "shifts"]
 )
 
 
