@@ -13,6 +13,7 @@ import ablation
 import affnist
 import benchmark
 import capsjax
+import draw
 import mnist
 import multi_mnist
 import perturb
@@ -77,11 +78,13 @@ def test_every_command_names_a_file_and_flags_that_exist():
         "affnist.py": list_flags(affnist.AFFNIST),
         "small_norb.py": list_flags(small_norb.SMALL_NORB),
         "ablation.py": [field.name for field in dataclasses.fields(ablation.Ablation)],
+        "draw.py": [field.name for field in dataclasses.fields(draw.Draw)],
         "benchmark.py": [field.name for field in dataclasses.fields(benchmark.Benchmark)],
         "perturb.py": [field.name for field in dataclasses.fields(perturb.Perturb)],
         "table.py": [],
+        "drawing/picture.py": [],
     }
-    commands = re.findall(r"python experiments/([\w.]+)([^`#\n]*)", README)
+    commands = re.findall(r"python experiments/([\w./]+)([^`#\n]*)", README)
     assert len(commands) > 5
     for script, rest in commands:
         assert script in flags

@@ -1,0 +1,122 @@
+"""A page on which one draws a digit and sees what the capsules make of it.
+
+python -m pip install -e ".[demo]"
+python experiments/draw.py
+python experiments/draw.py --weights runs/mnist-20260101-120000
+python experiments/draw.py --weights capsnet-mnist runs/efficient
+
+The page shows the class scores while one draws, the drawing that the capsule makes, the couplings
+after each iteration of routing, what each number of the capsule does, and how the scores change as
+the drawing is turned. It needs no network connection.
+"""
+
+import contextlib
+import dataclasses
+import ipaddress
+import socket
+import sys
+import webbrowser
+from pathlib import Path
+
+import tyro
+
+import capsjax
+from capsjax.presets import check
+from capsjax.run.command_line import refusals
+from capsjax.run.machine import configure
+from capsjax.run.settings import FINAL_WEIGHTS, find_weights, is_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Serves a page on which one draws and sees what capsules do."""
+
+    weights: tuple[Path, ...] = (Path("capsnet-mnist"),)
+    """Networks: a run, a file, or one that comes with capsjax; two are compared side by side."""
+    host: str = "127.0.0.1"
+    """Address to serve at. Any but this machine's own lets others use the page, too."""
+    port: int = 8765
+    """Port to serve at; 0: any that is free."""
+    open: bool = True
+    """Whether to open the page in a browser."""
+
+    def __post_init__(self) -> None:
+        check(1 <= len(self.weights) <= 2, "weights", "one network or two", len(self.weights))
+        check(0 <= self.port < 2**16, "port", "from 0 to 65535", self.port)
+
+
+def load(weights: Path) -> capsjax.Network:
+    """Loads the network of a run or a file.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    file = find_weights(weights)
+    if is_run(file):
+        file = file / FINAL_WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"--weights {weights}: there is no {file}")
+    return capsjax.weights.load(file)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the port.
+
+    Raises:
+      ValueError: if it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+        opened.listen()  # from here on a browser waits instead of being refused
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port} cannot be served at ({error}); try --port 0"
+        ) from error
+    return opened
+
+
+def main() -> None:
+    """Serves the page until Ctrl-C."""
+    configure()
+    with refusals():
+        settings = tyro.cli(Draw)
+        try:
+            import uvicorn
+
+            from drawing.reader import Reader
+            from drawing.server import make_app
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name} is missing: python -m pip install -e '.[demo]'"
+            ) from error
+        opened = listen(settings.host, settings.port)
+        readers = [Reader(str(path), load(path)) for path in settings.weights]
+    alone = is_loopback(settings.host)
+    if not alone:
+        print(f"warning   anyone who reaches {settings.host} can use this page", file=sys.stderr)
+    port = opened.getsockname()[1]
+    name = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{name}:{port}/"
+    print(f"page      {address}  (Ctrl-C ends)", flush=True)
+    if settings.open:
+        webbrowser.open(address)
+    hosts = ["127.0.0.1", "localhost", "[::1]"] if alone else ["*"]
+    app = make_app(readers, capsjax.data.load("mnist"), hosts)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[opened])
+
+
+if __name__ == "__main__":
+    main()
