@@ -15,8 +15,9 @@ def pretrained(name: str = "capsnet-mnist") -> Network:
     """Returns a trained network that comes with capsjax.
 
     Args:
-      name: `capsnet-mnist` reads handwritten digits, [28, 28, 1] in 10 classes. Its card,
-        capsjax/trained/capsnet-mnist.md, tells data, recipe, error, limits and licence.
+      name: `capsnet-mnist` or `efficient-mnist`: both read handwritten digits, [28, 28, 1] in 10
+        classes. The card beside each, capsjax/trained/NAME.md, tells data, recipe, error, limits
+        and licence.
 
     Returns:
       The `Network`, in float32; the file holds float16.

@@ -8,8 +8,10 @@ The card tells the error of the float16 file, tested here after it was written.
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
+from flax import nnx
 
 import capsjax
 import table
@@ -19,8 +21,8 @@ TRAINED = Path(capsjax.__file__).with_name("trained")
 CARD = """\
 # {name}
 
-`capsjax.pretrained("{name}")` is a {kind} of {size:,} parameters that reads handwritten
-digits: images [28, 28, 1], white on black, in 10 classes.
+`capsjax.pretrained("{name}")` is a trained {kind} of {size:,} parameters.
+It reads handwritten digits: images [28, 28, 1], white on black, in 10 classes.
 `python experiments/mnist.py --testing --weights {name}` tests it.
 
 **Error.** {error:.2f} % ({wrong} of {examples:,} MNIST test digits), measured with these weights in
@@ -75,7 +77,7 @@ def main() -> None:
     card = CARD.format(
         name=settings.name,
         kind=type(net).__name__,
-        size=sum(array.size for array in capsjax.weights.arrays_of(net).values()),
+        size=sum(array.size for array in jax.tree.leaves(nnx.state(net, nnx.Param))),
         error=notes["test_error"],
         wrong=wrong,
         examples=examples,
