@@ -34,7 +34,8 @@ def test_a_pretrained_network_is_small_and_makes_the_error_that_its_file_and_car
 
 
 def test_a_name_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="expected one of capsnet-mnist, efficient-mnist, got 'capsnet-cifar'"):
+    names = "capsnet-mnist, efficient-mnist"
+    with pytest.raises(ValueError, match=f"expected one of {names}, got 'capsnet-cifar'"):
         capsjax.pretrained("capsnet-cifar")
 
 

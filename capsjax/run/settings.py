@@ -84,7 +84,7 @@ class Run:
     resume: Path | None = None
     """Folder of a run to continue. Only --devices may change, and --epochs may be raised."""
     weights: tuple[Path, ...] = ()
-    """Start from, or test: a run, a .safetensors, .pt, .pth or .pkl, capsnet- or efficient-mnist."""
+    """Start from, or test: a run, a .safetensors, .pt, .pth or .pkl, or e.g. efficient-mnist."""
     testing: bool = False
     """Test --weights and draw pictures, as a run was set; several are tested as an ensemble."""
 
