@@ -82,7 +82,7 @@ def main() -> None:
         wrong=wrong,
         examples=examples,
         trained_on=len(digits.y_train) - run.settings.images.validation,
-        command=table.make_command("mnist", run),
+        command=table.make_command(run),
         commit=run.config["git"],
         last=run.read("test_error")[-1],
         precision=run.settings.recipe.precision,

@@ -1,10 +1,10 @@
-"""The README's table of results, made from results/EXPERIMENT/NAME/SEED/{config.json, metrics.csv}.
+"""The tables of results, made from results/FOLDER/NAME/SEED/{config.json, metrics.csv}.
 
 python experiments/table.py
 
-Rewrites the table in the README, that of the trials in results/trials.md, and the figure
-results/mnist.png. The error is that of the last epoch; the standard deviation is that of the seeds.
-An ensemble stands in results/mnist/NAME/test.json, as `mnist.py --testing` leaves it.
+Rewrites the tables in the README and in results/trials.md, and the figures results/*.png. The error
+is that of the last epoch; the standard deviation is that of the seeds. An ensemble stands in
+results/mnist/NAME/test.json, as `mnist.py --testing` leaves it.
 """
 
 import csv
@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+import affnist
 import mnist
+import multi_mnist
 import trials
 from capsjax import NETWORKS
 from capsjax.networks._config_json import config_from_json, with_routing
@@ -34,28 +37,47 @@ from capsjax.viz._text import DPI, FONT, write_title
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
-EXPERIMENTS = {"mnist": mnist.MNIST, "trials": trials.TRIALS}
-CLASSES = 10  # of all data sets in the table
-BEGIN, END = "<!-- python experiments/table.py -->\n", "<!-- end of the table -->\n"
+EXPERIMENTS = {
+    "mnist": mnist.MNIST,
+    "trials": trials.TRIALS,
+    "multi_mnist": multi_mnist.MULTI_MNIST,
+    "affnist": affnist.AFFNIST,
+}
+# Folders of results that are not named like their script.
+SCRIPTS = {"other_data": "mnist"}
+BEGIN = "<!-- {}: python experiments/table.py -->\n"
+END = "<!-- end of {} -->\n"
+COLUMNS = (
+    "network, routing",
+    "parameters",
+    "command",
+    "error, %",
+    "each seed",
+    "epochs",
+    "machine",
+)
+# Of the networks that were stopped at a target, how much they misread of what was held out.
+OTHER_COLUMNS = ("data", *COLUMNS[:3], "held out, %", *COLUMNS[3:])
 
 
 class Run(NamedTuple):
     """What a run left."""
 
+    script: str
     config: dict[str, Any]
     rows: list[dict[str, str]]  # of metrics.csv
 
     @property
     def settings(self) -> Settings:
         """The settings."""
-        return from_json(self.config["settings"])
+        return from_json(self.config["settings"], EXPERIMENTS[self.script].options)
 
     def read(self, column: str) -> list[float]:
         """Returns a column, a number an epoch."""
         return [float(row[column]) for row in self.rows]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, script: str = "mnist") -> Run:
     """Reads the folder of a run.
 
     Raises:
@@ -64,17 +86,22 @@ def read_run(folder: Path) -> Run:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    epochs = config["settings"]["training"]["epochs"]
-    if len(rows) != epochs:
+    training = config["settings"]["training"]
+    epochs, target = training["epochs"], training.get("target")
+    reached = target is not None and 100 - float(rows[-1]["validation_error"]) >= target - 1e-6
+    if len(rows) != epochs and not reached:
         raise ValueError(f"{folder}: {len(rows)} of {epochs} epochs; only a whole run counts")
-    return Run(config, rows)
+    return Run(script, config, rows)
 
 
 def read_results(folder: Path) -> dict[str, list[Run]]:
-    """Reads all runs of an experiment: by name, in the order of their seeds."""
+    """Reads all runs of a folder: by name, in the order of their seeds."""
+    script = SCRIPTS.get(folder.name, folder.name)
     return {
-        named.name: [read_run(seed) for seed in sorted(named.iterdir(), key=lambda s: int(s.name))]
-        for named in sorted(folder.iterdir())
+        named.name: [
+            read_run(seed, script) for seed in sorted(named.iterdir(), key=lambda s: int(s.name))
+        ]
+        for named in (sorted(folder.iterdir()) if folder.exists() else ())
         if not (named / "test.json").exists()
     }
 
@@ -85,35 +112,61 @@ def read_tests(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def make_table(
-    experiment: str, results: dict[str, list[Run]], tests: list[dict[str, Any]], column: str
-) -> str:
-    """Makes a table in Markdown, a line for each name, in the order of the mean error."""
-    lines = [
-        "| network, routing | parameters | command | error, % | each seed | epochs | machine |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for test in tests:
-        words = " ".join(f"runs/{name}" for name in test["weights"])
-        command = f"python experiments/{experiment}.py --testing --weights {words}"
-        error = f"{test['test']['error']:.2f}"
-        lines.append(f"| an ensemble | | `{command}` | {error} | | | {describe_machine(test)} |")
-    for runs in sorted(results.values(), key=lambda runs: mean_error(runs, column)):
-        errors = [run.read(column)[-1] for run in runs]
-        error = f"{errors[0]:.2f}"
-        if len(runs) > 1:
-            error = f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
-        seconds = statistics.median(second for run in runs for second in run.read("seconds"))
-        cells = [
-            *describe_network(runs[0].config),
-            f"`{make_command(experiment, runs[0])}`",
-            error,
-            ", ".join(f"{error:.2f}" for error in errors),
-            f"{len(runs[0].rows)} of {seconds:.0f} s",
-            describe_machine(runs[0].config),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def make_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Makes a table in Markdown of rows by column; what a row does not have is left empty."""
+    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def make_rows(results: Mapping[str, list[Run]], column: str = "test_error") -> list[dict[str, str]]:
+    """Makes a row for each name, in the order of the mean error."""
+    ordered = sorted(results.values(), key=lambda runs: mean_error(runs, column))
+    return [make_row(runs, column) for runs in ordered]
+
+
+def make_row(runs: list[Run], column: str) -> dict[str, str]:
+    """Makes the row of the runs that differ by their seed alone."""
+    first, errors = runs[0], [run.read(column)[-1] for run in runs]
+    counts = [len(run.rows) for run in runs]
+    epochs = " to ".join(map(str, dict.fromkeys([min(counts), max(counts)])))
+    seconds = statistics.median(second for run in runs for second in run.read("seconds"))
+    names, parameters = describe_network(first.config)
+    row = {
+        "data": describe_data(first),
+        "network, routing": names,
+        "parameters": parameters,
+        "command": f"`{make_command(first)}`",
+        "error, %": format_mean(errors),
+        "each seed": ", ".join(f"{error:.2f}" for error in errors),
+        "epochs": f"{epochs} of {seconds:.0f} s",
+        "machine": describe_machine(first.config),
+    }
+    if first.settings.training.target is not None:
+        row["held out, %"] = format_mean([run.read("validation_error")[-1] for run in runs])
+    return row
+
+
+def make_test_row(test: Mapping[str, Any]) -> dict[str, str]:
+    """Makes the row of an ensemble."""
+    words = " ".join(f"runs/{name}" for name in test["weights"])
+    return {
+        "network, routing": "an ensemble",
+        "command": f"`python experiments/mnist.py --testing --weights {words}`",
+        "error, %": f"{test['test']['error']:.2f}",
+        "machine": describe_machine(test),
+    }
+
+
+def format_mean(errors: Sequence[float]) -> str:
+    """Writes the mean and, of several seeds, the standard deviation."""
+    if len(errors) == 1:
+        return f"{errors[0]:.2f}"
+    return f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
+
+
+def describe_data(run: Run) -> str:
+    """Returns the name of the experiment or, where any data set may be given, of that."""
+    return run.settings.images.dataset if run.script == "mnist" else run.script
 
 
 def mean_error(runs: list[Run], column: str) -> float:
@@ -124,19 +177,19 @@ def mean_error(runs: list[Run], column: str) -> float:
 def describe_network(config: dict[str, Any]) -> tuple[str, str]:
     """Returns the names of a network and of its routing, and its number of parameters."""
     network = config_from_json(config["network"], NETWORKS)
-    image_shape = tuple(config["image_shape"])
-    model = nnx.eval_shape(lambda: network.build(image_shape, CLASSES, rngs=nnx.Rngs(0)))
+    image_shape, classes = tuple(config["image_shape"]), config.get("num_classes", 10)
+    model = nnx.eval_shape(lambda: network.build(image_shape, classes, rngs=nnx.Rngs(0)))
     shapes = nnx.state(model, nnx.Param)
     parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(shapes))
     names = [network.name, *([network.routing.name] if hasattr(network, "routing") else [])]
     return ", ".join(f"`{name}`" for name in names), f"{parameters:,}"
 
 
-def make_command(experiment: str, run: Run) -> str:
+def make_command(run: Run) -> str:
     """Makes the command that repeats a run: a flag for each setting that is not the preset's."""
     settings = run.settings
-    words = ["python", f"experiments/{experiment}.py"]
-    defaults = find_defaults(EXPERIMENTS[experiment], run)
+    words = ["python", f"experiments/{run.script}.py"]
+    defaults = find_defaults(EXPERIMENTS[run.script], run)
     for group, fields in to_json(settings).items():
         for name, value in fields.items():
             if value != defaults[group][name] or name == "seed":
@@ -161,7 +214,7 @@ def find_defaults(experiment: Experiment, run: Run) -> dict[str, dict[str, Any]]
     return to_json(dataclasses.replace(settings, recipe=first, training=complete))
 
 
-def describe_machine(config: dict[str, Any]) -> str:
+def describe_machine(config: Mapping[str, Any]) -> str:
     """Describes what a run was made on, and by which code."""
     cores = "1 core" if config["cores"] == 1 else f"{config['cores']} cores"
     device = config["device"]
@@ -169,11 +222,11 @@ def describe_machine(config: dict[str, Any]) -> str:
     return f"{machine}, JAX {config['versions']['jax']}, commit {config['git']}"
 
 
-def write_between_marks(path: Path, text: str) -> None:
-    """Replaces what stands between the two marks in a file."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
+def write_between_marks(path: Path, mark: str, text: str) -> None:
+    """Replaces what stands between the two marks of a name in a file."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN.format(mark))
+    _, end, after = rest.partition(END.format(mark))
+    path.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 
 def draw(results: dict[str, list[Run]]) -> Figure:
@@ -197,20 +250,26 @@ def draw(results: dict[str, list[Run]]) -> Figure:
     return figure
 
 
-def make_tables() -> dict[Path, str]:
-    """Makes each table, by the file that it stands in."""
-    results, tests = read_results(RESULTS / "mnist"), read_tests(RESULTS / "mnist")
-    tried = read_results(RESULTS / "trials")
+def make_tables() -> dict[tuple[Path, str], str]:
+    """Makes each table, by the file and the mark where it stands."""
+    tests = [make_test_row(test) for test in read_tests(RESULTS / "mnist")]
+    others = [
+        row
+        for folder in ("multi_mnist", "affnist", "other_data")
+        for row in make_rows(read_results(RESULTS / folder))
+    ]
+    tried = make_rows(read_results(RESULTS / "trials"), "validation_error")
     return {
-        README: make_table("mnist", results, tests, "test_error"),
-        RESULTS / "trials.md": make_table("trials", tried, [], "validation_error"),
+        (README, "mnist"): make_table(COLUMNS, tests + make_rows(read_results(RESULTS / "mnist"))),
+        (README, "others"): make_table(OTHER_COLUMNS, others),
+        (RESULTS / "trials.md", "trials"): make_table(COLUMNS, tried),
     }
 
 
 def main() -> None:
-    """Makes the README's table, that of the trials, and the figure, and prints the tables."""
-    for path, table in make_tables().items():
-        write_between_marks(path, table)
+    """Makes the tables and the figures, and prints the tables."""
+    for (path, mark), table in make_tables().items():
+        write_between_marks(path, mark, table)
         print(table)
     write(draw(read_results(RESULTS / "mnist")), RESULTS / "mnist.png")
 

@@ -8,9 +8,7 @@ import statistics
 
 import pytest
 
-import mnist
 import table
-import trials
 from capsjax.networks._config_json import config_to_json
 from capsjax.run.command_line import parse
 from capsjax.run.settings import Settings, to_json
@@ -30,10 +28,12 @@ def parse_words(experiment: str, words: list[str]) -> Settings:
     return complete(experiment, parse(words, table.EXPERIMENTS[experiment]))
 
 
-def write_run(folder, settings: Settings, errors: list[float]) -> None:
+def write_run(
+    folder, settings: Settings, errors: list[float], *, experiment: str = "mnist"
+) -> None:
     """Writes what the table reads of a run's folder."""
     folder.mkdir(parents=True)
-    network = {**trials.PRESETS, **mnist.MNIST.presets}[settings.recipe.preset].network
+    network = table.EXPERIMENTS[experiment].presets[settings.recipe.preset].network
     config = {
         "settings": to_json(settings),
         "network": config_to_json(network),
@@ -54,13 +54,14 @@ def write_run(folder, settings: Settings, errors: list[float]) -> None:
 
 
 def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviation(tmp_path):
+    tmp_path /= "mnist"
     last = {0: 0.31, 2: 0.25, 10: 0.4}
     for seed, error in last.items():
         words = ["--preset", "best", "--epochs", "3", "--seed", str(seed)]
         errors = [0.9, 0.2, error]  # the middle is the best and does not count
         write_run(tmp_path / "best" / str(seed), parse_words("mnist", words), errors)
     write_run(tmp_path / "alone" / "0", parse_words("mnist", ["--epochs", "1"]), [0.1])
-    made = table.make_table("mnist", table.read_results(tmp_path), [], "test_error")
+    made = table.make_table(table.COLUMNS, table.make_rows(table.read_results(tmp_path)))
     mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
     machine = "1 core of Abacus, JAX 0.12, commit abc1234"
     assert made.splitlines()[2:] == [
@@ -79,12 +80,41 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     (tmp_path / "ensemble").mkdir()
     (tmp_path / "ensemble" / "test.json").write_text(json.dumps(test | about))
     assert table.read_results(tmp_path) == {}
-    made = table.make_table("mnist", {}, table.read_tests(tmp_path), "test_error")
+    rows = [table.make_test_row(test) for test in table.read_tests(tmp_path)]
+    made = table.make_table(table.COLUMNS, rows)
     assert made.splitlines()[2:] == [
-        "| an ensemble | "
-        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 | | "
+        "| an ensemble |  "
+        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 |  |  "
         "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
     ]
+
+
+def test_a_run_that_reached_its_target_counts_and_tells_how_much_it_misread_of_what_was_held_out(
+    tmp_path,
+):
+    for seed, epochs in ((0, 2), (1, 4)):
+        line = f"--preset cnn --target 91 --seed {seed}"
+        settings, errors = parse_words("affnist", line.split()), [30.0] * (epochs - 1) + [20 + seed]
+        folder = tmp_path / "affnist" / "cnn" / str(seed)
+        write_run(folder, settings, errors, experiment="affnist")
+    (row,) = table.make_rows(table.read_results(tmp_path / "affnist"))
+    assert row["data"] == "affnist"
+    assert row["held out, %"] == "9.000 ± 0.000"
+    assert row["error, %"] == "20.500 ± 0.707"
+    assert row["epochs"] == "2 to 4 of 100 s"
+    assert row["command"] == "`python experiments/affnist.py --preset cnn --seed 0 --target 91.0`"
+
+
+def test_other_data_are_named_and_their_classes_counted(tmp_path):
+    settings = parse_words("mnist", ["--dataset", "clipart", "--epochs", "1"])
+    folder = tmp_path / "other_data" / "clipart" / "0"
+    write_run(folder, settings, [40.0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_classes": 5}))
+    (row,) = table.make_rows(table.read_results(tmp_path / "other_data"))
+    assert row["data"] == "clipart"
+    fewer = 5 * (1152 * 16 * 8 + 16 * 512)  # W and the decoder's first layer
+    assert row["parameters"] == f"{8_215_568 - fewer:,}"
 
 
 def test_a_run_that_has_not_ended_does_not_count(tmp_path):
@@ -105,12 +135,17 @@ def test_a_run_that_has_not_ended_does_not_count(tmp_path):
         ("mnist", "--preset cnn"),
         ("mnist", "--preset best --routing uniform"),
         ("trials", "--preset gradient --validation 10000 --precision bfloat16"),
+        ("multi_mnist", "--routings 1 --test-pairs 500"),
+        ("multi_mnist", "--preset cnn-paper --precision bfloat16 --epochs 5"),
+        ("affnist", "--preset cnn --seed 2"),
+        ("affnist", "--routing uniform --target 90 --validation 5000"),
     ],
 )
 def test_the_command_of_a_row_gives_the_settings_of_its_run(tmp_path, experiment, line):
     settings = parse_words(experiment, shlex.split(line))
-    write_run(tmp_path / "0", settings, [1.0] * settings.training.epochs)
-    command = table.make_command(experiment, table.read_run(tmp_path / "0"))
+    errors = [1.0] * settings.training.epochs
+    write_run(tmp_path / "0", settings, errors, experiment=experiment)
+    command = table.make_command(table.read_run(tmp_path / "0", experiment))
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", f"experiments/{experiment}.py")
     assert parse_words(experiment, words) == settings
@@ -120,11 +155,15 @@ def test_the_command_of_a_row_gives_the_settings_of_its_run(tmp_path, experiment
 
 def test_the_text_between_the_marks_is_replaced_and_no_other(tmp_path):
     path = tmp_path / "page.md"
-    path.write_text(f"before\n{table.BEGIN}old\n{table.END}after\n")
-    table.write_between_marks(path, "new\n")
-    assert path.read_text() == f"before\n{table.BEGIN}new\n{table.END}after\n"
+    marks = {n: (table.BEGIN.format(n), table.END.format(n)) for n in "ab"}
+    parts = "".join(f"{begin}old\n{end}" for begin, end in marks.values())
+    path.write_text(f"before\n{parts}after\n")
+    table.write_between_marks(path, "b", "new\n")
+    parts = "{}old\n{}{}new\n{}".format(*marks["a"], *marks["b"])
+    assert path.read_text() == f"before\n{parts}after\n"
 
 
 def test_readme_and_the_page_of_trials_hold_what_the_script_makes():
-    for path, text in table.make_tables().items():
-        assert f"{table.BEGIN}{text}{table.END}" in path.read_text(encoding="utf-8"), path
+    for (path, mark), text in table.make_tables().items():
+        part = f"{table.BEGIN.format(mark)}{text}{table.END.format(mark)}"
+        assert part in path.read_text(encoding="utf-8"), (path, mark)

@@ -112,6 +112,7 @@ def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
         "settings": to_json(plan.settings),
         "network": _describe_network(plan, state),
         "image_shape": batch_shape(plan.setup.task, plan.dataset.x_test, plan.dataset.y_test),
+        "num_classes": plan.dataset.num_classes,
         **describe_provenance(),
         "data": {"source": plan.dataset.source, "crc32": plan.fingerprint},
         "steps_per_epoch": plan.steps,
