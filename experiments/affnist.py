@@ -1,4 +1,4 @@
-"""affNIST: are digits that were only shifted in training still read when they are turned and bent?
+"""affNIST: are digits that were only shifted in training still read when rotated and sheared?
 
 python experiments/affnist.py --routings 3
 python experiments/affnist.py --routing uniform
@@ -11,7 +11,8 @@ networks are compared that read shifted digits equally well; none of them has se
 map. The test images are those of affNIST's test.mat, a file that one has to get oneself. Without
 it they are the 10,000 test digits, each moved once by a map of affNIST's ranges: a synthetic set.
 
-The paper enumerates all 169 shifts of a digit and stops by shifted test digits. It reports 79 % for
+The paper enumerates all 169 shifts of a digit and decides when to stop on shifted test digits. It
+reports 79 % for
 CapsNet and 66 % for a convolutional network with about as many parameters. Two others who tried
 found CapsNet below such a network (ruslangrimov/capsnet-with-capsulewise-convolution and
 cybertronai/hinton-problems).
@@ -46,7 +47,11 @@ class Options:
 
 
 def prepare(dataset: data.Dataset, held_out: np.ndarray, options: Options) -> data.Dataset:
-    """Puts digits on a larger canvas, shifts those held out, and changes those of the test."""
+    """Puts digits on a larger canvas, shifts those held out, and changes those of the test.
+
+    Raises:
+      data.DataError: if the images of --affnist are not like those to train on.
+    """
     margin = (SHIFT, SHIFT)
     x_train = np.pad(dataset.x_train, ((0, 0), margin, margin, (0, 0)))
     x_train[held_out] = data.shift(jax.random.key(0), x_train[held_out], SHIFT)
@@ -56,6 +61,11 @@ def prepare(dataset: data.Dataset, held_out: np.ndarray, options: Options) -> da
     else:
         x_test, y_test = read_affnist(options.affnist)
         source = f"{dataset.source}; tests: {options.affnist}"
+        if (x_train.shape[1:], dataset.num_classes) != ((40, 40, 1), 10):
+            raise data.DataError(
+                f"--affnist {options.affnist}: its images of 40 × 40 test networks for images of "
+                f"28×28×1 in 10 classes, got {dataset.image_shape} in {dataset.num_classes}"
+            )
     return dataclasses.replace(
         dataset, x_train=x_train, x_test=x_test, y_test=y_test, source=source
     )
@@ -123,7 +133,7 @@ TRAINING = dataclasses.replace(
     SEED.training, epochs=30, batch_size=128, shift_pixels=SHIFT, target=99.23
 )
 AFFNIST = Experiment(
-    description="Train a network on shifted digits, and test it on digits turned and bent.",
+    description="Train a network on shifted digits, and test it on digits under affine maps.",
     presets={
         "seed": dataclasses.replace(SEED, training=TRAINING),
         "cnn": Preset(CNN, dataclasses.replace(TRAINING, loss="cross_entropy")),

@@ -4,10 +4,15 @@ python experiments/multi_mnist.py --routings 3
 python experiments/multi_mnist.py --network cnn
 
 A pair is a digit and one of another class over it, each shifted by up to 4 pixels on a canvas of
-36 × 36, their sum clipped. The authors enumerate pairs: every digit once shifted, under 1,000
-others. Here each training step pairs the digits of its batch anew, so that an epoch shows every
-digit once below and about once on top; --test-pairs pairs are made of the test digits, always the
-same. An answer is right if both classes are: the paper's measure, in which it reports 5.2 %.
+36 × 36, their sum clipped. The boxes around both digits overlap by 73 % on average; the paper says
+80 %. The authors enumerate pairs: every digit once shifted, under 1,000 others, 60 million in all.
+Here each training step pairs the digits of its batch anew, so that an epoch shows every digit once
+below and about once on top; --test-pairs pairs are made of the test digits, always the same. The
+learning rate falls by 0.9 an epoch, and the reconstruction weighs as in the preset `seed` of
+mnist.py, a twentieth of the authors' weight beside the margin loss.
+
+An answer is right if both classes are: the paper's measure, in which it reports 5.2 %. As in the
+authors' code, the capsules of the true classes are drawn, in tests too.
 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829, §6.
 """
@@ -41,7 +46,7 @@ class Options:
     """What is tested."""
 
     test_pairs: int = 10_000
-    """Pairs of test digits; each is the lower digit of as many as the others."""
+    """Number of test pairs. Pair n has test digit n below, counted again from 0 after the last."""
 
     def __post_init__(self) -> None:
         check(self.test_pairs >= 1, "test_pairs", "1 or more", self.test_pairs)
@@ -83,14 +88,14 @@ class Overlapping(Classification):
         if output.reconstruction is None:
             return output
         assert output.capsules is not None
-        classes = find_both(output.scores if labels is None else labels)
+        classes = find_both(batch.labels)
         drawn = [model.decode(output.capsules, classes[:, n]) for n in range(2)]
         return output._replace(reconstruction=jnp.stack(drawn, 1))
 
     def losses(self, output: Output, batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
         scores = super().losses(output._replace(reconstruction=None), batch, step)
         found = jnp.take_along_axis(batch.labels, find_both(output.scores), 1)
-        missed = {"digit_error": 1 - jnp.mean(found, 1)}
+        missed = {"digit_error": 100 * (1 - jnp.mean(found, 1))}
         if output.reconstruction is None:
             return scores | missed
         drawing = jnp.sum(reconstruction_loss(output.reconstruction, batch.targets), 1)
@@ -111,12 +116,31 @@ def find_both(scores: jax.Array) -> jax.Array:
     return jnp.sort(lax.top_k(scores, 2)[1], 1)
 
 
+def prepare(dataset: data.Dataset, held_out: np.ndarray, options: Options) -> data.Dataset:
+    """Returns the data set, if pairs can be made of it.
+
+    Raises:
+      ValueError: if not.
+    """
+    if len(held_out):
+        raise ValueError("--validation: pairs are made for training and for tests only")
+    if (dataset.image_shape, dataset.num_classes) != ((28, 28, 1), 10):
+        raise ValueError(
+            f"pairs are made of images of 28×28×1 in 10 classes, got {dataset.image_shape} in "
+            f"{dataset.num_classes}"
+        )
+    return dataset
+
+
 def make_task(training: Training, options: Options) -> Overlapping:
     """Makes the task; digits are shifted and nothing else."""
     for name in ("rotation", "shear", "zoom", "elastic"):
-        check(not getattr(training, name), name, "0: digits are only shifted", "more")
+        value = getattr(training, name)
+        check(not value, name, "0: digits are only shifted", value)
     shift = training.shift_pixels
     check(shift in range(5), "shift_pixels", "0, 1, 2, 3 or 4", shift)
+    size = training.batch_size
+    check(size >= 20, "batch_size", "20 or more: a digit's partner is one of its batch", size)
     assert training.lam_recon is not None
     return Overlapping(
         training.lam_recon,
@@ -128,29 +152,35 @@ def make_task(training: Training, options: Options) -> Overlapping:
 
 
 def draw(folder: Path, model: Network, task: Any, dataset: data.Dataset, rows: Sequence) -> None:
-    """Draws the curves, and pairs as the paper's figure 5 does: right, wrong, and drawn falsely."""
+    """Draws the curves, and pairs as the paper's figure 5 does.
+
+    They are read right, read wrong, and drawn with a class that is not there.
+    """
     if rows:
         write(viz.curves(rows), folder / "curves.png")
-    images, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
-    numbers = jnp.arange(min(SEARCHED, task.test_pairs))
-    batch = jax.jit(task.test_batch)(images, labels, numbers)
-    output = _call(*nnx.split(model), batch.images)
-    if output.reconstruction is None or output.capsules is None:
+        print(f"digits    {float(rows[-1]['test_digit_error']):.2f} % of all digits are misread")
+    if not hasattr(model, "decoder"):
         print("pictures  no pairs: this network has no decoder")
         return
-    there = np.asarray(find_both(batch.labels))
-    chosen, classes, marks = choose_pairs(there, np.asarray(find_both(output.scores)))
-    drawn = jnp.stack([model.decode(output.capsules[chosen], classes[:, n]) for n in range(2)], 1)
+    images, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
+    make_batch, numbers = jax.jit(task.test_batch), np.arange(min(SEARCHED, task.test_pairs))
+    parts = [
+        _read(*nnx.split(model), make_batch(images, labels, part))
+        for part in np.split(numbers, range(100, len(numbers), 100))  # little memory
+    ]
+    pixels, there, read, capsules = map(np.concatenate, zip(*parts, strict=True))
+    chosen, classes, marks = choose_pairs(there, read)
+    drawn = jnp.stack([model.decode(capsules[chosen], classes[:, n]) for n in range(2)], 1)
     names = [
         [" ".join(dataset.class_names[n] for n in pair) for pair in pairs]
         for pairs in (there[chosen], classes)
     ]
     captions = [(f"L: {a}", f"{mark}R: {b}") for a, b, mark in zip(*names, marks, strict=True)]
-    write(viz.overlaps(batch.images[chosen], drawn, captions), folder / "pairs.png")
+    write(viz.overlaps(pixels[chosen], drawn, captions), folder / "pairs.png")
 
 
 def choose_pairs(there: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Chooses pairs of classes [N, 2]: twelve that are read right, six wrong, and six to lie about.
+    """Chooses pairs of classes [N, 2]: twelve read right, six read wrong, and six to draw falsely.
 
     Returns their numbers, the classes to draw of each, and "*" for those of which one is not there.
     """
@@ -163,10 +193,15 @@ def choose_pairs(there: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 @partial(jax.jit, static_argnums=0)
-def _call(graphdef: nnx.GraphDef, variables: nnx.State, images: jax.Array) -> Output:
+def _read(
+    graphdef: nnx.GraphDef, variables: nnx.State, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns images, the classes that are there, those that are read, and the capsules."""
     model = nnx.merge(graphdef, variables)
     model.eval()
-    return model(images)
+    output = model(batch.images)
+    assert output.capsules is not None
+    return batch.images, find_both(batch.labels), find_both(output.scores), output.capsules
 
 
 TRAINING = dataclasses.replace(SEED.training, epochs=10, batch_size=128, shift_pixels=4)
@@ -180,6 +215,7 @@ MULTI_MNIST = Experiment(
             training=dataclasses.replace(TRAINING, loss="cross_entropy"),
         ),
     },
+    prepare=prepare,
     make_task=make_task,
     options=Options(),
     draw=draw,

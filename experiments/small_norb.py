@@ -1,4 +1,4 @@
-"""smallNORB: photographs of toys from two sides, of which a part of 32 × 32 is seen.
+"""smallNORB: stereo photographs of toys, of which a part of 32 × 32 is seen.
 
 python experiments/small_norb.py --data-dir small_norb
 python experiments/small_norb.py --data-dir small_norb --network matrix
@@ -50,7 +50,7 @@ def make_task(training: Training) -> Windows:
     """Makes the task; the photographs are moved by their windows and nothing else."""
     for name in ("rotation", "shear", "zoom", "elastic", "shift_pixels"):
         value = getattr(training, name)
-        check(not value, name, "0: windows are all that moves", value)
+        check(not value, name, "0: only the windows move", value)
     assert training.lam_recon is not None
     return Windows(training.lam_recon, loss=training.loss, margin_steps=training.margin_steps)
 

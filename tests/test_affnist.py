@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import jax
@@ -155,6 +156,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
             affnist.read_affnist(tmp_path / name)
 
 
+def test_a_file_of_affnist_for_other_images_is_refused(mnist, tmp_path):
+    images = affnist.move(mnist.x_test[:5], np.random.default_rng(0))
+    path = write_affnist(tmp_path / "test.mat", images, mnist.y_test[:5])
+    larger = dataclasses.replace(mnist, x_train=np.zeros((50, 32, 32, 3), np.uint8))
+    with pytest.raises(data.DataError, match=r"of 28×28×1 in 10 classes, got \(32, 32, 3\) in 10"):
+        affnist.prepare(larger, np.arange(0), Options(affnist=path))
+
+
 @pytest.mark.parametrize("name", ["seed", "cnn"])
 def test_a_run_stops_at_the_target_and_is_tested_on_a_file_afterwards(name, mnist, tmp_path):
     preset = AFFNIST.presets[name]
@@ -175,6 +184,7 @@ def test_a_run_stops_at_the_target_and_is_tested_on_a_file_afterwards(name, mnis
         experiment, testing=True, weights=run.folder, affnist=file, save_dir=folder
     )
     assert tested.out.endswith("of 9)\n"), tested.err
+    assert json.loads((folder / "test.json").read_text())["data"].endswith(f"tests: {file}")
 
 
 def test_both_networks_are_of_one_size():

@@ -162,4 +162,4 @@ def test_a_run_trains_on_its_files_and_draws_windows(tmp_path):
     assert read_json(run.folder)["image_shape"] == [32, 32, 2]
     assert (run.folder / "reconstructions.png").is_file()
     refused = run_command(experiment, shift_pixels=2, save_dir=tmp_path / "other", **flags)
-    assert "--shift-pixels must be 0: windows are all that moves, got 2" in refused.err
+    assert "--shift-pixels must be 0: only the windows move, got 2" in refused.err

@@ -141,10 +141,14 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]], columns: Sequence[s
     _write(folder / "metrics.csv", write)
 
 
-def write_test(folder: Path, tested: Sequence[str], test: Metrics) -> None:
-    """Writes test.json: which weights were tested, and what came out."""
+def write_test(folder: Path, tested: Sequence[str], source: str, test: Metrics) -> None:
+    """Writes test.json: which weights were tested, on which data, and what came out."""
     result = {"losses": test.losses, "error": test.error, "wrong": test.wrong}
-    about = {"weights": list(tested), "test": {**result, "examples": test.examples}}
+    about = {
+        "weights": list(tested),
+        "data": source,
+        "test": {**result, "examples": test.examples},
+    }
     _write(
         folder / "test.json",
         lambda file: json.dump({**about, **describe_provenance()}, file, indent=2),

@@ -132,7 +132,7 @@ def _leave(
     # Arrays of this process alone, because the others do not take part in the computations here.
     model = merge(plan.setup.graphdef, jax.device_get(state))
     if run.testing:
-        write_test(folder, [path.name for path in run.weights], test)
+        write_test(folder, [path.name for path in run.weights], data.source, test)
     else:
         notes = {
             "preset": plan.settings.recipe.preset,

@@ -100,6 +100,8 @@ class Runner:
                 error = validated.error / 100 if validated else None
                 self._save(checkpoints, state, seconds, error)
                 print(summarize(rows[-1], epochs), flush=True)
+            if plan.settings.training.target is not None:
+                self._tell_target(rows)
             if len(plan.validation_indices):
                 state, tested = self._take_best(state, checkpoints), None
         if self._signals.stop():  # after the last evaluation: --resume tells the result
@@ -199,6 +201,13 @@ class Runner:
         if target is None or not rows:
             return False
         return round(100 - float(rows[-1]["validation_error"]), 6) >= target
+
+    def _tell_target(self, rows: list[dict[str, Any]]) -> None:
+        target = self.plan.settings.training.target
+        if self._has_reached_target(rows):
+            print(f"target    {target} % of the validation images, reached after epoch {len(rows)}")
+        else:
+            print(f"target    {target} % of the validation images, not reached")
 
     def _take_best(self, state: TrainState, checkpoints: Checkpoints) -> TrainState:
         """Returns the state after the epoch of least validation error."""

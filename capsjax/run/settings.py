@@ -215,8 +215,6 @@ def from_json(groups: Mapping[str, Mapping[str, Any]], options: Any = None) -> S
                 given[field.name] = tuple(map(Path, given[field.name]))
         return kind(**given)
 
-    if ("options" in groups) != (options is not None):
-        raise KeyError("it is the run of another experiment")
     kinds = SAVED_GROUPS if options is None else SAVED_GROUPS | {"options": type(options)}
     return Settings(**{name: read(kind, groups[name]) for name, kind in kinds.items()})
 
@@ -242,6 +240,10 @@ def read_settings(folder: Path, options: Any = None) -> Settings:
       ValueError: if there is no run, or its config.json is damaged.
     """
     config = read_config(folder)
+    saved = config.get("settings", {}).get("options", {})
+    known = [field.name for field in dataclasses.fields(options)] if options is not None else []
+    if set(saved) != set(known):
+        raise ValueError(f"{folder} is the run of another experiment: use the script that began it")
     try:
         return from_json(config["settings"], options)
     except (AttributeError, KeyError, TypeError) as error:

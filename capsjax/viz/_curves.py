@@ -12,7 +12,11 @@ from capsjax.viz._text import DPI, FONT, draw_sentence, write_title
 
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 _COLORS = {"train": "#0072B2", "validation": "#009E73", "test": "#D55E00"}
-_TITLES = {"error": "error (% of images)", "loss": "total loss"}
+_TITLES = {
+    "error": "error (% of images)",
+    "digit_error": "error (% of digits)",
+    "loss": "total loss",
+}
 _PANEL_SIZE = (5, 3.5)  # inches
 
 

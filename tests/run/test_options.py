@@ -69,7 +69,7 @@ def test_a_run_goes_on_neither_with_another_option_nor_in_another_experiment(run
     for flags in ({"resume": run.folder}, {"testing": True, "weights": run.folder}):
         without = run_command(**flags)
         assert without.status == 2
-        assert "it is the run of another experiment" in without.err
+        assert "is the run of another experiment: use the script that began it" in without.err
 
 
 def test_options_have_their_help_and_are_checked(base, capsys):

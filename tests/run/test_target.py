@@ -29,6 +29,7 @@ def test_training_stops_at_the_first_epoch_that_reaches_it_and_stays_stopped(sta
     run = start(validation=20, epochs=4, target=85)  # 3 of 20 are wrong in just as many
     assert run.status == 0, run.err
     assert [row["validation_error"] for row in read_rows(run.folder)] == ["45.0000", "15.0000"]
+    assert "target    85.0 % of the validation images, reached after epoch 2\n" in run.out
     assert "best on the validation images: epoch 2\n" in run.out
     resumed = run_command(resume=run.folder)
     assert resumed.out.splitlines()[-1] == run.out.splitlines()[-1]
@@ -40,6 +41,7 @@ def test_a_target_that_is_not_reached_leaves_the_best_of_all_epochs(start, scrip
     scripted += [4, 9]
     run = start(validation=20, epochs=2, target=85)
     assert len(read_rows(run.folder)) == 2
+    assert "target    85.0 % of the validation images, not reached\n" in run.out
     assert "best on the validation images: epoch 1\n" in run.out
 
 
