@@ -13,6 +13,7 @@ the drawing is turned. It needs no network connection.
 import contextlib
 import dataclasses
 import ipaddress
+import re
 import socket
 import sys
 import webbrowser
@@ -67,6 +68,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def write_host(host: str) -> str:
+    """Writes a host as an address does, an IPv6 one in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def list_hosts(host: str) -> list[str]:
+    """Lists the names by which the server may be called: any, if it is not for this machine."""
+    return ["127.0.0.1", "localhost", "[::1]", write_host(host)] if is_loopback(host) else ["*"]
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Opens the port.
 
@@ -87,7 +98,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Serves the page until Ctrl-C."""
+    """Does what the command line says, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        serve()
+
+
+def serve() -> None:
+    """Serves the page."""
     configure()
     with refusals():
         settings = tyro.cli(Draw)
@@ -102,20 +119,15 @@ def main() -> None:
             ) from error
         opened = listen(settings.host, settings.port)
         readers = [Reader(str(path), load(path)) for path in settings.weights]
-    alone = is_loopback(settings.host)
-    if not alone:
+        app = make_app(readers, capsjax.data.load("mnist"), list_hosts(settings.host))
+    if not is_loopback(settings.host):
         print(f"warning   anyone who reaches {settings.host} can use this page", file=sys.stderr)
-    port = opened.getsockname()[1]
-    name = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{name}:{port}/"
+    address = f"http://{write_host(settings.host)}:{opened.getsockname()[1]}/"
     print(f"page      {address}  (Ctrl-C ends)", flush=True)
     if settings.open:
-        webbrowser.open(address)
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if alone else ["*"]
-    app = make_app(readers, capsjax.data.load("mnist"), hosts)
+        webbrowser.open(re.sub(r"//(0\.0\.0\.0|\[::\])", "//localhost", address))
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[opened])
+    uvicorn.Server(config).run(sockets=[opened])
 
 
 if __name__ == "__main__":

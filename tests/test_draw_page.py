@@ -1,6 +1,8 @@
 """The page in a browser: a person draws, moves sliders, takes digits and saves what is seen."""
 
+import base64
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -110,10 +113,10 @@ def open_page(browser):
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.goto(address)
         page.locator(".value").first.filter(has_text=".").wait_for()
-        own.add(address.split("/")[2])
+        own.add(urlsplit(address).netloc)
         return page
 
     open_page.complaints = complaints
@@ -191,7 +194,7 @@ def test_a_test_digit_is_read_as_the_network_reads_its_pixels(open_page, address
         assert read(page) == label
         shown = [float(v) for v in page.locator(".bar .value").all_text_contents()]
         np.testing.assert_allclose(shown, scores, atol=0.006)
-        assert page.text_content("#label") == f"a {load_mnist().y_test[number]}"
+        assert page.text_content("#label") == f"shows {load_mnist().y_test[number]}"
 
 
 def test_a_class_is_looked_into_and_sliders_change_what_is_drawn(open_page, address):
@@ -276,6 +279,56 @@ def test_the_keyboard_draws(open_page, address):
         page.keyboard.press(key)
     settle(page)
     assert read(page) == 1
+    page.get_by_text("Read as 1.").wait_for(state="attached")
+    # The pen goes on from where it was lifted: a second stroke crosses the first.
+    for key in ["ArrowUp"] * 9 + ["ArrowLeft"] * 6 + ["Space"] + ["ArrowRight"] * 12 + ["Space"]:
+        page.keyboard.press(key)
+    settle(page)
+    ink = np.array(
+        page.evaluate(
+            "[...document.querySelector('#pad').getContext('2d').getImageData(0, 0, 392, 392).data]"
+        )
+    )
+    _, columns = np.nonzero(ink.reshape(392, 392, 4)[..., 0] > 128)
+    assert abs(columns.mean() - 196) < 8
+    assert columns.min() < 130
+    assert columns.max() > 262
+
+
+def test_a_second_finger_draws_nothing(open_page, address):
+    page = open_page(address)
+    page.evaluate(
+        """() => {
+          const pad = document.querySelector("#pad"), box = pad.getBoundingClientRect();
+          pad.setPointerCapture = () => {};
+          const send = (name, pointerId, x, y) => pad.dispatchEvent(new PointerEvent(name, {
+            pointerId, clientX: box.left + x, clientY: box.top + y, buttons: 1, bubbles: true }));
+          send("pointerdown", 1, 100, 50);
+          send("pointerdown", 2, 250, 250);
+          send("pointermove", 2, 20, 250);
+          send("pointermove", 1, 100, 250);
+          send("pointerup", 2, 20, 250);
+          send("pointermove", 1, 100, 260);
+          send("pointerup", 1, 100, 260);
+        }"""
+    )
+    settle(page)
+    assert read(page) == 1
+
+
+def test_a_late_answer_does_not_overwrite_a_newer_picture(open_page, address):
+    page = open_page(address)
+    take(page, 0)
+    drawn = picture(page, ".drawn")
+    delayed = []
+    page.route("**/draw", lambda route: delayed.append(route))
+    page.locator(".numbers input").nth(2).fill("0.9")
+    page.wait_for_timeout(100)
+    page.click(".reset")
+    assert len(delayed) == 1
+    delayed[0].continue_()
+    settle(page)
+    assert picture(page, ".drawn") == drawn
 
 
 def test_an_image_file_is_opened_and_dark_ink_on_paper_inverted(open_page, address, tmp_path):
@@ -300,9 +353,16 @@ def test_what_is_seen_is_saved_as_a_picture(open_page, address, tmp_path):
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "saved.png")
+    data = base64.b64decode(picture(page, ".drawn").partition(",")[2])
+    drawn = Image.open(io.BytesIO(data)).convert("L").resize((112, 112), Image.Resampling.NEAREST)
     with Image.open(tmp_path / "saved.png") as saved:
-        assert min(saved.size) > 400
-        assert len(np.unique(np.asarray(saved.convert("L")))) > 50
+        part = saved.convert("L").crop((540, 42, 652, 154))  # where the capsule's drawing stands
+        bar = np.asarray(saved.convert("RGB"))[51:64, 320:470]  # class 0
+        pad = np.asarray(saved.convert("L").crop((20, 42, 270, 292)))
+    np.testing.assert_allclose(np.asarray(part, float), np.asarray(drawn, float), atol=3)
+    score = float(page.locator(".bar .value").first.text_content())
+    assert abs((bar != bar[0, -1]).any(-1)[6].mean() - score) < 0.02
+    assert pad.max() == 255
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

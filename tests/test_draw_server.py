@@ -193,11 +193,36 @@ def test_the_page_is_served_and_no_path_reaches_the_disk(client):
         "/../draw.py",
         "/..%2f..%2fpyproject.toml",
         "/page.css/../x",
-        "/digit/a",
+        "/digit/1/2",
     ):
         assert client.get(path).status_code == 404
     assert client.get("/read").status_code == 405
     assert client.post("/", json={}).status_code == 405
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "a", "-1", "1.5", "٣", "%00"])
+def test_a_digit_without_a_number_is_refused_in_words(client, number):
+    response = client.get(f"/digit/{number}")
+    assert response.status_code == 400
+    assert "a number of 1 to 9 figures" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("host", "names"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "localhost"]),
+        ("127.0.0.2", ["127.0.0.2", "127.0.0.1"]),
+        ("::1", ["[::1]", "localhost"]),
+        ("0.0.0.0", ["192.0.2.7", "[2001:db8::1]"]),
+    ],
+)
+def test_the_server_answers_to_its_own_names(readers, host, names):
+    client = TestClient(make_app(readers, load_mnist(), draw.list_hosts(host)))
+    for name in names:
+        assert client.get("/networks", headers={"host": f"{name}:8765"}).status_code == 200
+    if draw.is_loopback(host):
+        other = client.get("/networks", headers={"host": "elsewhere.example:8765"})
+        assert other.status_code == 400
 
 
 def test_other_names_of_the_server_are_refused(client):

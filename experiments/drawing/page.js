@@ -29,10 +29,10 @@ function tell(message) {
   find("#status").textContent = message;
 }
 
-let failing = false; // whether the message that is shown is of a request that failed
+let failing = ""; // the path whose request failed last, while its message is shown
 
 function fail(error) {
-  failing = true;
+  failing = error.path ?? "";
   tell(error.message);
 }
 
@@ -58,16 +58,18 @@ async function send(path, content) {
     headers: { "content-type": "application/json" },
     body: JSON.stringify(content),
   };
+  const whose = `${path} ${content?.network}`;
+  const refuse = (message) => Object.assign(new Error(message), { path: whose });
   let response;
   try {
     response = await fetch(path, options);
   } catch {
-    throw new Error("The server does not answer. Is it still running?");
+    throw refuse("The server does not answer. Is it still running?");
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error ?? `The server answered ${response.status}.`);
-  if (failing) tell("");
-  failing = false;
+  if (!response.ok) throw refuse(answer.error ?? `The server answered ${response.status}.`);
+  if (failing === whose) tell("");
+  if (failing === whose) failing = "";
   return answer;
 }
 
@@ -98,11 +100,12 @@ function show(canvas, bytes, { height, width, channels }) {
   context.putImageData(image, 0, 0);
 }
 
-const mean = (bytes, pixel, channels) => {
+// The mean of some channels of a pixel, of which each takes `stride` bytes.
+function mean(bytes, pixel, channels, stride = channels) {
   let sum = 0;
-  for (let c = 0; c < channels; c++) sum += bytes[pixel * channels + c];
+  for (let c = 0; c < channels; c++) sum += bytes[pixel * stride + c];
   return sum / channels;
-};
+}
 
 // Shows two images over each other, the first in orange and the second in blue, adding up to white.
 function overlay(canvas, first, second, { height, width, channels }) {
@@ -125,7 +128,7 @@ function showMap(canvas, rows, equal, farthest) {
   show(canvas, bytes, { height: rows.length, width: rows[0].length, channels: 3 });
 }
 
-// Draws the scores [angles][classes] over the angles: the classes that are ever highest in colour.
+// Draws the scores [angles][classes] over the angles, the three classes of highest peaks in colour.
 function showCurves(canvas, angles, scores) {
   const ratio = devicePixelRatio || 1, box = canvas.getBoundingClientRect();
   const width = box.width || 400, height = box.height || 170;
@@ -182,20 +185,19 @@ class Pad {
     Object.assign(this.canvas, { width: this.width, height: this.height });
     this.layers = [0, 1].map(() => create("canvas", { width: this.width, height: this.height }));
     this.contexts = this.layers.map((layer) => layer.getContext("2d", { willReadFrequently: true }));
+    this.inked = [false, false]; // which layers were drawn on
     this.undone = [];
     this.point = null; // where the pen is while it is down
+    this.pointer = null; // which finger, pen or mouse holds it
     this.cursor = null; // where the arrow keys have led it
+    this.frame = null; // the next repaint, if one is due
+    this.exported = null; // the layers for the server, until they change
     this.listen();
     this.paint();
   }
 
   get active() {
     return Number(find("input[name=layer]:checked").value);
-  }
-
-  get drawn() {
-    return this.contexts.map((context) =>
-      context.getImageData(0, 0, this.width, this.height).data.some((value, n) => n % 4 === 3 && value));
   }
 
   listen() {
@@ -206,19 +208,25 @@ class Pad {
         (event.clientY - box.top) * (this.height / box.height)];
     };
     canvas.addEventListener("pointerdown", (event) => {
-      if (event.button > 0) return;
+      if (event.button > 0 || this.pointer !== null) return; // a second finger draws nothing
+      this.pointer = event.pointerId;
       canvas.setPointerCapture(event.pointerId);
       this.begin(place(event));
     });
     canvas.addEventListener("pointermove", (event) => {
-      if (!this.point || event.buttons === 0) return;
+      if (event.pointerId !== this.pointer) return;
       const events = event.getCoalescedEvents?.() ?? [];
       for (const part of events.length ? events : [event]) this.line(place(part));
     });
     for (const name of ["pointerup", "pointercancel"])
-      canvas.addEventListener(name, () => (this.point = null));
+      canvas.addEventListener(name, (event) => {
+        if (event.pointerId === this.pointer) this.point = this.pointer = null;
+      });
     canvas.addEventListener("keydown", (event) => this.press(event));
-    canvas.addEventListener("blur", () => this.lift());
+    canvas.addEventListener("blur", () => {
+      this.point = this.pointer = this.cursor = null;
+      this.repaint();
+    });
   }
 
   // Arrow keys move the pen, the space bar lowers and lifts it.
@@ -226,22 +234,18 @@ class Pad {
     const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     this.cursor ??= [this.width / 2, this.height / 2];
     if (event.key === " ") {
-      if (this.point) this.lift();
+      if (this.point) this.point = null;
       else this.begin(this.cursor);
+      this.repaint();
     } else if (event.key in steps) {
       const far = event.shiftKey ? this.unit / 2 : this.unit;
       const [x, y] = steps[event.key];
       this.cursor = [Math.min(this.width, Math.max(0, this.cursor[0] + far * x)),
         Math.min(this.height, Math.max(0, this.cursor[1] + far * y))];
       if (this.point) this.line(this.cursor);
-      else this.paint();
+      else this.repaint();
     } else return;
     event.preventDefault();
-  }
-
-  lift() {
-    this.point = this.cursor = null;
-    this.paint();
   }
 
   begin(point) {
@@ -263,25 +267,30 @@ class Pad {
     context.stroke();
     context.globalCompositeOperation = "source-over";
     this.point = point;
+    this.inked[this.active] ||= !erases;
     this.update();
   }
 
+  // Keeps what there is, to be undone.
   keep() {
     tell("");
-    this.undone.push(this.contexts.map((c) => c.getImageData(0, 0, this.width, this.height)));
+    const images = this.contexts.map((c) => c.getImageData(0, 0, this.width, this.height));
+    this.undone.push({ images, inked: [...this.inked] });
     if (this.undone.length > MOST_UNDO) this.undone.shift();
   }
 
   undo() {
     const last = this.undone.pop();
     if (!last) return tell("There is nothing to undo.");
-    last.forEach((image, n) => this.contexts[n].putImageData(image, 0, 0));
+    last.images.forEach((image, n) => this.contexts[n].putImageData(image, 0, 0));
+    this.inked = last.inked;
     this.update();
   }
 
   clear() {
     this.keep();
     for (const context of this.contexts) context.clearRect(0, 0, this.width, this.height);
+    this.inked = [false, false];
     this.update();
   }
 
@@ -294,6 +303,7 @@ class Pad {
     context.clearRect(0, 0, this.width, this.height);
     context.imageSmoothingEnabled = smooth;
     context.drawImage(image, (this.width - width) / 2, (this.height - height) / 2, width, height);
+    this.inked[this.active] = true;
     this.update();
   }
 
@@ -305,7 +315,7 @@ class Pad {
     for (let pixel = 0; pixel < this.width * this.height; pixel++) {
       const column = pixel % this.width, row = Math.floor(pixel / this.width);
       const outer = Math.min(column, row, this.width - 1 - column, this.height - 1 - row) < 3;
-      if (outer && data[4 * pixel + 3]) border.push(mean(data.subarray(4 * pixel, 4 * pixel + 3), 0, 3));
+      if (outer && data[4 * pixel + 3]) border.push(mean(data, pixel, 3, 4));
     }
     border.sort((a, b) => a - b);
     if (!(border[Math.floor(border.length / 2)] > 127)) return false;
@@ -316,9 +326,15 @@ class Pad {
     return true;
   }
 
+  // Paints once before the next picture on the screen, however many points were drawn.
+  repaint() {
+    this.frame ??= requestAnimationFrame(() => this.paint());
+  }
+
   // Shows the layers, in colours if both hold ink.
   paint() {
-    const context = this.canvas.getContext("2d"), drawn = this.drawn, both = drawn[0] && drawn[1];
+    this.frame = null;
+    const context = this.canvas.getContext("2d"), both = this.inked[0] && this.inked[1];
     context.globalCompositeOperation = "source-over";
     context.fillStyle = "#000";
     context.fillRect(0, 0, this.width, this.height);
@@ -344,25 +360,31 @@ class Pad {
   }
 
   update() {
-    this.paint();
+    this.exported = null;
+    this.repaint();
     this.changed();
   }
 
-  // Returns the layers for the server: bytes, light on dark.
+  // Returns the layers that hold ink, or an empty one, for the server.
   export() {
-    const channels = this.colourful ? 3 : 1, drawn = this.drawn;
-    const used = this.contexts.filter((_, n) => n === 0 || drawn[n]);
-    const layers = (drawn[1] && !drawn[0] ? [this.contexts[1]] : used).map((context) => {
-      const { data } = context.getImageData(0, 0, this.width, this.height);
-      const bytes = new Uint8Array(channels * this.width * this.height);
-      for (let pixel = 0; pixel < this.width * this.height; pixel++) {
-        const at = 4 * pixel, alpha = data[at + 3] / 255;
-        if (channels === 1) bytes[pixel] = Math.round(alpha * mean(data.subarray(at, at + 3), 0, 3));
-        else for (let c = 0; c < 3; c++) bytes[3 * pixel + c] = Math.round(alpha * data[at + c]);
-      }
-      return write(bytes);
-    });
-    return { layers, width: this.width, height: this.height, channels };
+    const used = this.contexts.filter((_, n) => this.inked[n]);
+    this.exported ??= (used.length ? used : [this.contexts[0]]).map((c) => this.encode(c));
+    const { width, height, exported: layers } = this;
+    return { layers, width, height, channels: this.colourful ? 3 : 1 };
+  }
+
+  // Returns the bytes of a layer in base64, light on dark.
+  encode(context) {
+    const channels = this.colourful ? 3 : 1;
+    const { data } = context.getImageData(0, 0, this.width, this.height);
+    const bytes = new Uint8Array(channels * this.width * this.height);
+    for (let pixel = 0; pixel < this.width * this.height; pixel++) {
+      const at = 4 * pixel, alpha = data[at + 3] / 255;
+      if (!alpha) continue;
+      if (channels === 1) bytes[pixel] = Math.round(alpha * mean(data, pixel, 3, 4));
+      else for (let c = 0; c < 3; c++) bytes[3 * pixel + c] = Math.round(alpha * data[at + c]);
+    }
+    return write(bytes);
   }
 }
 
@@ -449,7 +471,9 @@ class NetworkView {
   }
 
   async ask() {
-    this.answer = await ask("/read", this.request());
+    const request = this.request();
+    this.answer = await ask("/read", request);
+    this.answer.both = request.layers.length > 1;
     this.render();
     if (this.index === 0)
       show(find("#seen"), read(this.answer.image), this.network);
@@ -463,6 +487,7 @@ class NetworkView {
     this.later = null;
     this.turn();
     wait(-1);
+    if (this.index === 0) find("#answer").textContent = `Read as ${this.highest}.`;
   }
 
   async askCurve() {
@@ -476,18 +501,21 @@ class NetworkView {
   }
 
   async askDrawing() {
-    const content = { network: this.index, chosen: this.shown, capsules: [this.capsule] };
-    const { drawings } = await ask("/draw", content);
+    const { capsule, index: network, shown: chosen } = this;
+    const { drawings } = await ask("/draw", { network, chosen, capsules: [capsule] });
+    if (capsule !== this.capsule) return; // another was read meanwhile
     show(find(".drawn", this.root), read(drawings[0]), this.network);
   }
 
   // Shows the drawings as one number moves, all others as they are.
   async showLine(n) {
-    const capsules = OFFSETS.map((offset) => this.capsule.map((value, k) => value + (k === n) * offset));
-    const { drawings } = await ask("/draw", { network: this.index, chosen: this.shown, capsules });
+    const { capsule, index: network, shown: chosen } = this;
+    const capsules = OFFSETS.map((offset) => capsule.map((value, k) => value + (k === n) * offset));
+    const { drawings } = await ask("/draw", { network, chosen, capsules });
+    if (capsule !== this.capsule) return;
     find(".line", this.root).hidden = false;
     find(".line-hint", this.root).textContent =
-      `Number ${n + 1} of the capsule of ${this.shown}, moved by −0.25 to +0.25:`;
+      `Number ${n + 1} of the capsule of ${chosen}, moved by −0.25 to +0.25:`;
     find(".frames", this.root).replaceChildren(...drawings.map((drawing, k) => {
       const figure = create("figure"), canvas = create("canvas");
       const offset = `${OFFSETS[k] > 0 ? "+" : ""}${number(OFFSETS[k])}`;
@@ -504,6 +532,7 @@ class NetworkView {
     if (!this.answer) return;
     const { answer, network, root } = this, n = Math.min(this.stage, network.stages) - 1;
     this.shown = answer.shown[n];
+    this.highest = answer.scores[n].indexOf(Math.max(...answer.scores[n]));
     this.bars.forEach((bar, k) => {
       const score = answer.scores[n][k];
       find(".length", bar).style.width = `${100 * Math.min(1, score)}%`;
@@ -523,9 +552,12 @@ class NetworkView {
     const equal = 1 / this.network.classes, every = couplings.flat(2);
     const farthest = Math.max(equal / 5, ...every.map((value) => Math.abs(value - equal)));
     const placed = columns > 1; // otherwise a column of capsules that have no positions
+    const side = Math.ceil(Math.sqrt(rows)); // of the square in which these are shown
+    const arrange = (all) => Array.from({ length: Math.ceil(rows / side) }, (_, row) =>
+      Array.from({ length: side }, (_, k) => all[row * side + k] ?? equal));
     this.maps.forEach((figure, n) => {
       const canvas = find("canvas", figure), all = couplings[n].flat();
-      showMap(canvas, placed ? couplings[n] : [all], equal, farthest);
+      showMap(canvas, placed ? couplings[n] : arrange(all), equal, farthest);
       canvas.setAttribute("aria-label", `Couplings to class ${this.shown} after iteration ` +
         `${n + 1}, from ${number(Math.min(...all))} to ${number(Math.max(...all))}`);
       figure.classList.toggle("current", n === current);
@@ -539,6 +571,7 @@ class NetworkView {
   renderCapsule(n) {
     const { answer, network, root } = this;
     this.capsule = [...answer.capsules[n]];
+    find(".line", root).hidden = true;
     show(find(".drawn", root), read(answer.drawings[n]), network);
     find(".drawn-hint", root).textContent = `From the ${network.dim} numbers of the capsule of ${this.shown}.`;
     find(".drawn", root).setAttribute("aria-label", `What the capsule of ${this.shown} draws`);
@@ -546,14 +579,13 @@ class NetworkView {
       slider.value = this.capsule[k];
       slider.nextElementSibling.textContent = number(this.capsule[k]);
     });
-    const both = this.drawing().layers.length > 1;
-    find(".apart", root).hidden = !both;
-    if (!both) return;
+    find(".apart", root).hidden = !answer.both;
+    if (!answer.both) return;
     const [first, second] = answer.pair.classes;
     overlay(find(".pair", root), ...answer.pair.drawings.map(read), network);
     find(".apart-hint", root).textContent =
       `The two longest capsules: ${first} in orange, ${second} in blue.`;
-    find(".pair", root).setAttribute("aria-label", `A ${first} in orange and a ${second} in blue`);
+    find(".pair", root).setAttribute("aria-label", `${first} in orange and ${second} in blue`);
   }
 }
 
@@ -653,7 +685,7 @@ async function takeDigit(pad, number) {
   const exact = Math.min(pad.width, pad.height) >= 28 * pad.unit;
   pad.put(image, { smooth: !exact, unit: exact ? pad.unit : undefined });
   find("#number").value = found;
-  find("#label").textContent = `a ${label}`;
+  find("#label").textContent = `shows ${label}`;
 }
 
 async function openImage(pad, file) {
@@ -685,11 +717,12 @@ async function main() {
   find("#take").addEventListener("click", () => takeDigit(pad, Number(find("#number").value) || 0).catch(fail));
   find("#random").addEventListener("click", () =>
     takeDigit(pad, Math.floor(10000 * Math.random())).catch(fail));
-  find("#file").addEventListener("change", (event) => {
-    if (event.target.files[0]) openImage(pad, event.target.files[0]);
+  find("#file").addEventListener("change", async (event) => {
+    if (event.target.files[0]) await openImage(pad, event.target.files[0]);
+    event.target.value = ""; // the same file may be opened again
   });
-  pad.canvas.addEventListener("dragover", (event) => event.preventDefault());
-  pad.canvas.addEventListener("drop", (event) => {
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
     event.preventDefault();
     if (event.dataTransfer.files[0]) openImage(pad, event.dataTransfer.files[0]);
   });

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -85,7 +86,11 @@ def make_app(readers: Sequence[Reader], digits: Dataset, hosts: Sequence[str]) -
         return await answer(request, lambda content: _draw(readers, content))
 
     async def digit(request: Request) -> Response:
-        number = request.path_params["number"] % len(digits.y_test)
+        asked = request.path_params["number"]
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            error = {"error": "A test digit is asked for by a number of 1 to 9 figures."}
+            return JSONResponse(error, 400, headers=_HEADERS)
+        number = int(asked) % len(digits.y_test)
         found = {
             "number": number,
             "label": int(digits.y_test[number]),
@@ -99,7 +104,7 @@ def make_app(readers: Sequence[Reader], digits: Dataset, hosts: Sequence[str]) -
     routes = [
         *(Route(path, _serve(name), methods=["GET"]) for path, name in _FILES.items()),
         Route("/networks", networks, methods=["GET"]),
-        Route("/digit/{number:int}", digit, methods=["GET"]),
+        Route("/digit/{number}", digit, methods=["GET"]),
         *(Route(f"/{work.__name__}", work, methods=["POST"]) for work in (read, curve, draw)),
     ]
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
