@@ -86,15 +86,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind((host, port))
-        opened.listen()  # from here on a browser waits instead of being refused
+        # From here on a browser waits instead of being refused.
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ValueError(
             f"--host {host} --port {port} cannot be served at ({error}); try --port 0"
         ) from error
-    return opened
 
 
 def main() -> None:
@@ -118,16 +115,23 @@ def serve() -> None:
                 f"{error.name} is missing: python -m pip install -e '.[demo]'"
             ) from error
         opened = listen(settings.host, settings.port)
-        readers = [Reader(str(path), load(path)) for path in settings.weights]
-        app = make_app(readers, capsjax.data.load("mnist"), list_hosts(settings.host))
+    with contextlib.closing(opened):
+        with refusals():
+            readers = [Reader(str(path), load(path)) for path in settings.weights]
+            app = make_app(readers, capsjax.data.load("mnist"), list_hosts(settings.host))
+        tell(settings, opened.getsockname()[1])
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[opened])
+
+
+def tell(settings: Draw, port: int) -> None:
+    """Tells where the page is, and opens it."""
     if not is_loopback(settings.host):
         print(f"warning   anyone who reaches {settings.host} can use this page", file=sys.stderr)
-    address = f"http://{write_host(settings.host)}:{opened.getsockname()[1]}/"
+    address = f"http://{write_host(settings.host)}:{port}/"
     print(f"page      {address}  (Ctrl-C ends)", flush=True)
     if settings.open:
         webbrowser.open(re.sub(r"//(0\.0\.0\.0|\[::\])", "//localhost", address))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[opened])
 
 
 if __name__ == "__main__":

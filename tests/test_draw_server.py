@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import random
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -381,3 +382,13 @@ def test_the_command_says_what_to_install(monkeypatch, capsys):
 )
 def test_only_loopback_addresses_are_for_this_machine_alone(host, alone):
     assert draw.is_loopback(host) == alone
+
+
+def test_a_port_that_is_taken_is_refused_in_words(monkeypatch, capsys):
+    monkeypatch.setattr(draw, "configure", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["draw.py", "--no-open", "--port", port])
+        with pytest.raises(SystemExit):
+            draw.main()
+    assert f"--port {port} cannot be served at" in capsys.readouterr().err

@@ -52,8 +52,10 @@ class Reader:
         self.stages = len(first.scores)
         self.grid = None if first.couplings is None else first.couplings.shape[-2:]
         self.draws = self.dim is not None and hasattr(model, "decoder")
-        for number in (1, self.stages + 2, MOST_DRAWN) if self.draws else ():
-            self.draw(np.zeros((number, self.dim)), np.zeros(number, int))
+        if self.draws:
+            assert self.dim is not None
+            for number in (1, self.stages + 2, MOST_DRAWN):
+                self.draw(np.zeros((number, self.dim)), np.zeros(number, int))
 
     def read(self, image: np.ndarray) -> Reading:
         """Reads one image [H, W, C], pixels from 0 to 1."""
