@@ -138,7 +138,7 @@ def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_pat
         flags = {"weights": whole.folder, "save_dir": tmp_path / "run"}
         with pytest.raises(MemoryError):
             run_command(BARE, **base, **flags)
-    state = finish.call_args.args[1].state
+    state = finish.call_args.args[-1].state
     saved = read_arrays(whole.folder)
     for name in ("mean", "var"):
         np.testing.assert_array_equal(
