@@ -38,6 +38,7 @@ def call(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_grid_is_trained_once_continued_and_drawn(call, tmp_path, capsys):
     call(seeds=1)
     folder = tmp_path / "grid"

@@ -164,6 +164,7 @@ def test_a_file_of_affnist_for_other_images_is_refused(mnist, tmp_path):
         affnist.prepare(larger, np.arange(0), Options(affnist=path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["seed", "cnn"])
 def test_a_run_stops_at_the_target_and_is_tested_on_a_file_afterwards(name, mnist, tmp_path):
     preset = AFFNIST.presets[name]

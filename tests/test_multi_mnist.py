@@ -148,6 +148,7 @@ def shrink(preset, network):
     return dataclasses.replace(preset, network=network, training=training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "cnn-paper"])
 def test_a_run_reports_both_errors_and_draws_what_there_is_to_draw(name, tmp_path):
     network = {

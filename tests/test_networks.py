@@ -138,6 +138,7 @@ def test_two_steps_move_every_parameter_and_count_the_examples(trainer):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_and_evaluate_as_one(model, trainer):
     alone, together = trainer, Trainer(model, devices=8)
     states = [trainer.train(BATCHES) for trainer in (alone, together)]

@@ -149,6 +149,7 @@ def test_training_sees_windows_at_random_and_tests_the_middle():
     assert (first.images != second.images).any()
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_its_files_and_draws_windows(tmp_path):
     small = CapsNetConfig(channels=4, kernel_size=9, types=1, dim_class=4, hidden=(8,))
     training = dataclasses.replace(small_norb.SMALL_NORB.presets["seed"].training, epochs=1)

@@ -14,6 +14,8 @@ from capsjax.train import jit_steps
 from hooks import after_step, stand_in
 from tiny_run import STEPS, list_steps, read_arrays, read_rows, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def spoil_step(number, spoil):
     """Patches the steps: one, and no other, gets its state and images from `spoil`."""

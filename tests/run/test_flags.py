@@ -21,6 +21,8 @@ from tiny_run import (
     write_images,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("flag", "value"),

@@ -28,6 +28,8 @@ from tiny_run import (
     run_command,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def write_torch_file(folder: Path) -> Path:
     """Writes weights of a network on the tiny images, named as in the PyTorch code."""

@@ -4,11 +4,14 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from capsjax import weights
 from capsjax.tasks import Classification
 from tiny_run import EXPERIMENT, read_json, run_command
+
+pytestmark = pytest.mark.slow
 
 
 @dataclasses.dataclass(frozen=True)

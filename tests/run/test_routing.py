@@ -8,6 +8,8 @@ from capsjax import SelfAttention, Uniform, weights
 from hooks import after_step, kill
 from tiny_run import EXPERIMENT, STEPS, have_same_bits, read_arrays, read_json, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_routing_that_is_asked_for_is_trained_and_tested(trained, base, tmp_path):
     run = trained(routing="uniform")

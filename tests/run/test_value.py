@@ -22,6 +22,8 @@ from tiny_run import (
     write_images,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make_settings(base, tmp_path):
