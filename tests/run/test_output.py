@@ -71,7 +71,7 @@ def test_without_any_data_it_takes_the_mnist_of_the_package(start):
     outcome = start(data_dir=None, train_size=500, batch_size=500, epochs=1)
     lines = outcome.out.splitlines()
     assert lines[0] == "data      mnist: the archive shipped with capsjax"
-    assert "60,000 training and 10,000 test images of 28×28×1 in 10 classes" in lines[1]
+    assert "500 training and 10,000 test images of 28×28×1 in 10 classes" in lines[1]
     assert re.fullmatch(r"test error: \d+\.\d\d % \(\d+ of 10000\)", lines[-1])
 
 
