@@ -32,6 +32,7 @@ from capsjax.run.lifecycle import failures
 from capsjax.run.machine import configure
 from capsjax.run.pictures import write
 from capsjax.viz._text import DPI, FONT, write_title
+from table import format_mean, make_table
 
 
 def change(network: CapsNetConfig | None = None, **training: Any) -> Preset:
@@ -88,14 +89,16 @@ class Ablation:
             return run(ABLATION, dataclasses.replace(settings, **parts)).test.error
 
 
-def make_table(errors: Mapping[str, Sequence[float]]) -> str:
-    """Makes a table in Markdown of errors in percent, a line for each network."""
-    lines = ["| network | test error, % | each seed |", "| --- | --- | --- |"]
-    for name, each in errors.items():
-        spread = f" ± {statistics.stdev(each):.2f}" if len(each) > 1 else ""
-        listed = ", ".join(f"{error:.2f}" for error in each)
-        lines.append(f"| {name} | {statistics.mean(each):.2f}{spread} | {listed} |")
-    return "\n".join(lines) + "\n"
+def make_rows(errors: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
+    """Makes the row of each network."""
+    return [
+        {
+            "network": name,
+            "test error, %": format_mean(each),
+            "each seed": ", ".join(f"{error:.2f}" for error in each),
+        }
+        for name, each in errors.items()
+    ]
 
 
 def draw(errors: Mapping[str, Sequence[float]]) -> Figure:
@@ -132,7 +135,7 @@ def main() -> None:
     except KeyboardInterrupt:  # between two runs
         raise SystemExit(130) from None
     write(draw(errors), ablation.folder / "ablation.png")
-    print(make_table(errors))
+    print(make_table(("network", "test error, %", "each seed"), make_rows(errors)))
 
 
 if __name__ == "__main__":

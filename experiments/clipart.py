@@ -11,6 +11,7 @@ public domain.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from PIL import Image
 CATEGORIES = ("animals", "food", "people", "signs_and_symbols", "transportation")
 SIDE, TRAIN, TEST = 32, 240, 60
 MOST_PIXELS = 10**7  # some drawings have 6 · 10⁸, of which each takes 2 GB
-Image.MAX_IMAGE_PIXELS = None  # they are left out, so no warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,13 @@ class Clipart:
 
 def is_small(path: Path) -> bool:
     """Returns whether a drawing has few enough pixels."""
-    with Image.open(path) as image:
-        return image.width * image.height <= MOST_PIXELS
+    warned = Image.DecompressionBombWarning
+    try:
+        # Of very many pixels Pillow warns, and of twice as many it reads nothing.
+        with warnings.catch_warnings(action="error", category=warned), Image.open(path) as image:
+            return image.width * image.height <= MOST_PIXELS
+    except (warned, Image.DecompressionBombError):
+        return False
 
 
 def shrink(path: Path) -> Image.Image:

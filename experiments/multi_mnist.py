@@ -69,7 +69,7 @@ class Overlapping(Classification):
     def train_batch(
         self, key: jax.Array, images: Images, labels: jax.Array, indices: ArrayLike
     ) -> Batch:
-        # Tops are of the batch, too, so that what is held out is never seen.
+        # Tops are of the batch, too: B × B labels are compared instead of B × N.
         shift = int(self.shift_pixels)
         return make_batch(
             data.overlap(key, images, labels, indices, pool=indices, shift=shift, canvas=CANVAS)

@@ -88,7 +88,8 @@ def read_run(folder: Path, script: str = "mnist") -> Run:
         rows = list(csv.DictReader(file))
     training = config["settings"]["training"]
     epochs, target = training["epochs"], training.get("target")
-    reached = target is not None and 100 - float(rows[-1]["validation_error"]) >= target - 1e-6
+    last = float(rows[-1]["validation_error"] or 100) if rows else 100
+    reached = target is not None and 100 - last >= target - 1e-6
     if len(rows) != epochs and not reached:
         raise ValueError(f"{folder}: {len(rows)} of {epochs} epochs; only a whole run counts")
     return Run(script, config, rows)

@@ -62,7 +62,7 @@ def test_the_grid_is_trained_once_continued_and_drawn(call, tmp_path, capsys):
         ]
         mean, spread = np.mean(errors), np.std(errors, ddof=1)
         each = ", ".join(f"{error:.2f}" for error in errors)
-        assert line == f"| {name} | {mean:.2f} ± {spread:.2f} | {each} |"
+        assert line == f"| {name} | {mean:.3f} ± {spread:.3f} | {each} |"
     assert read_json(folder / "random" / "1")["settings"]["recipe"]["preset"] == "random"
     with Image.open(folder / "ablation.png") as picture:
         assert min(picture.size) > 90

@@ -4,8 +4,6 @@ import base64
 import copy
 import json
 import random
-import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -348,47 +346,3 @@ def test_concurrent_users_get_each_their_own_answer(client):
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda request: call(client, "/read", request), requests * 2))
     assert together == alone * 2
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--weights", "absent"], "--weights absent: there is no absent"),
-        (["--weights", "a", "b", "c"], "--weights must be one network or two, got 3"),
-        (["--port", "70000"], "--port must be from 0 to 65535"),
-        (["--host", "no.such.host.invalid"], "cannot be served at"),
-    ],
-)
-def test_the_command_refuses_nonsense_in_words(words, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["draw.py", "--no-open", "--port", "0", *words])
-    monkeypatch.setattr(draw, "configure", lambda: None)  # of this process
-    with pytest.raises(SystemExit) as end:
-        draw.main()
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["draw.py"])
-    monkeypatch.setattr(draw, "configure", lambda: None)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(SystemExit):
-        draw.main()
-    assert "python -m pip install -e '.[demo]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
-)
-def test_only_loopback_addresses_are_for_this_machine_alone(host, alone):
-    assert draw.is_loopback(host) == alone
-
-
-def test_a_port_that_is_taken_is_refused_in_words(monkeypatch, capsys):
-    monkeypatch.setattr(draw, "configure", lambda: None)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        monkeypatch.setattr(sys, "argv", ["draw.py", "--no-open", "--port", port])
-        with pytest.raises(SystemExit):
-            draw.main()
-    assert f"--port {port} cannot be served at" in capsys.readouterr().err

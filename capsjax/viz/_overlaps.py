@@ -10,9 +10,7 @@ from capsjax.viz._captions import draw_captioned
 from capsjax.viz._grids import to_rgb
 
 _COLOURS = np.array([[1.0, 0.55, 0.0], [0.0, 0.45, 1.0]])  # orange and blue add up to white
-_TITLE = (
-    "Overlapping images, below them both drawings in orange and blue; L: true, R: drawn classes"
-)
+_TITLE = "Pairs, and both drawings in orange and blue; L: true, R: drawn, *: one is not there"
 
 
 def overlaps(images: ArrayLike, drawn: ArrayLike, captions: Sequence[tuple[str, str]]) -> Figure:

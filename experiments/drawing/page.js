@@ -68,8 +68,10 @@ async function send(path, content) {
   }
   const answer = await response.json().catch(() => ({}));
   if (!response.ok) throw refuse(answer.error ?? `The server answered ${response.status}.`);
-  if (failing === whose) tell("");
-  if (failing === whose) failing = "";
+  if (failing === whose) {
+    tell("");
+    failing = "";
+  }
   return answer;
 }
 
@@ -696,8 +698,8 @@ async function openImage(pad, file) {
     return tell(`${file.name} is no image that this browser can show.`);
   }
   pad.put(image, { smooth: true });
-  const inverted = !pad.colourful && pad.invertPaper();
-  tell(inverted ? "The paper was light, so the image was inverted: the network reads light on dark." : "");
+  if (!pad.colourful && pad.invertPaper())
+    tell("The paper was light, so the image was inverted: the network reads light on dark.");
 }
 
 async function main() {
@@ -707,7 +709,7 @@ async function main() {
   const centred = find("#centred");
   const drawing = () => ({ ...pad.export(), centred: centred.checked, pose });
   const views = networks.map((network, index) => new NetworkView(network, index, drawing));
-  const { channels, classes, height, width } = networks[0];
+  const { channels, classes } = networks[0];
   find("#digits").hidden = channels !== 1 || classes !== 10;
   find("#colour-label").hidden = channels !== 3;
   centred.checked = channels === 1 && classes === 10;
@@ -726,14 +728,11 @@ async function main() {
     event.preventDefault();
     if (event.dataTransfer.files[0]) openImage(pad, event.dataTransfer.files[0]);
   });
-  for (const input of document.querySelectorAll("label.slider > input#width")) {
-    const set = () => (input.nextElementSibling.textContent = input.value);
-    input.addEventListener("input", set);
-    set();
-  }
+  const width = find("#width"), tellWidth = () => (width.nextElementSibling.textContent = width.value);
+  width.addEventListener("input", tellWidth);
+  tellWidth();
   find("#save").addEventListener("click", () => save(pad, views).catch(fail));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);
-  document.body.dataset.size = `${width}×${height}`;
   changed();
 }
 

@@ -33,6 +33,9 @@ def draw(page: Page) -> None:
 
 def main() -> None:
     """Makes the picture."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise SystemExit("chromium is missing: apt-get install chromium")
     command = [sys.executable, str(SCRIPT), "--no-open", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -41,7 +44,7 @@ def main() -> None:
             assert found is not None
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(
-                    executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+                    executable_path=chromium, args=["--no-sandbox"]
                 )
                 page = browser.new_page(viewport={"width": 1240, "height": 1180})
                 page.goto(found[0])

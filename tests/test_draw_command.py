@@ -1,0 +1,68 @@
+"""The command of the page: what it refuses, and what it tells."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import draw
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "absent"], "--weights absent: there is no absent"),
+        (["--weights", "a", "b", "c"], "--weights must be one network or two, got 3"),
+        (["--port", "70000"], "--port must be from 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "cannot be served at"),
+    ],
+)
+def test_the_command_refuses_nonsense_in_words(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--no-open", "--port", "0", *words])
+    monkeypatch.setattr(draw, "configure", lambda: None)  # of this process
+    with pytest.raises(SystemExit) as end:
+        draw.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["draw.py"])
+    monkeypatch.setattr(draw, "configure", lambda: None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        draw.main()
+    assert "python -m pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_only_loopback_addresses_are_for_this_machine_alone(host, alone):
+    assert draw.is_loopback(host) == alone
+
+
+def test_a_port_that_is_taken_is_refused_in_words(monkeypatch, capsys):
+    monkeypatch.setattr(draw, "configure", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["draw.py", "--no-open", "--port", port])
+        with pytest.raises(SystemExit):
+            draw.main()
+    assert f"--port {port} cannot be served at" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_serving_to_others_is_warned_of():
+    command = [sys.executable, draw.__file__, "--no-open", "--port", "0", "--host", "0.0.0.0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert "http://0.0.0.0:" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert "anyone who reaches 0.0.0.0 can use this page" in err
