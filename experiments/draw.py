@@ -120,7 +120,10 @@ def serve() -> None:
             readers = [Reader(str(path), load(path)) for path in settings.weights]
             app = make_app(readers, capsjax.data.load("mnist"), list_hosts(settings.host))
         tell(settings, opened.getsockname()[1])
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        # The application has no use for `lifespan`, which takes a second Ctrl-C for an error.
+        config = uvicorn.Config(
+            app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        )
         uvicorn.Server(config).run(sockets=[opened])
 
 

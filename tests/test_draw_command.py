@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 
@@ -66,3 +68,22 @@ def test_serving_to_others_is_warned_of():
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert "anyone who reaches 0.0.0.0 can use this page" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_without_a_word_even_if_pressed_twice(times):
+    command = [sys.executable, draw.__file__, "--no-open", "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        address = process.stdout.readline().split()[1]
+        with urllib.request.urlopen(f"{address}networks") as answer:
+            assert answer.status == 200
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        _, err = process.communicate(timeout=20)
+    assert err == ""
+    assert process.returncode in (0, 130)
