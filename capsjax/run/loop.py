@@ -125,15 +125,17 @@ class Runner:
         if indices is None:
             indices = np.arange(self.plan.setup.task.count_tests(len(labels)), dtype=np.int32)
         state = jax.device_put(state, sharding.replicated(self.plan.mesh))
+        batches = [
+            [sharding.place(self.plan.mesh, array) for array in batch]
+            for batch in self._fill_batches(indices)
+        ]
+        jax.block_until_ready(batches)  # for the reason that `_compile` has
+        _compile(self._evaluate, state, images, labels, *batches[0])
         results: list[tuple[Sums, jax.Array]] = []
-        for batch, counted in self._fill_batches(indices):
+        for batch in batches:
             if self._signals.stop():
                 raise Stopped(self._signals.status)
-            placed = (sharding.place(self.plan.mesh, array) for array in (batch, counted))
-            arguments = state, images, labels, *placed
-            if not results:
-                _compile(self._evaluate, *arguments)
-            results.append(self._evaluate(*arguments))
+            results.append(self._evaluate(state, images, labels, *batch))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
             self._settle("evaluate")
         sums, predicted = zip(*jax.device_get(results), strict=True)
@@ -296,8 +298,11 @@ class Runner:
 def _compile(step: Wrapped, *arguments: Any) -> None:
     """Compiles a step unless it is compiled, and returns what other steps and compiling freed.
 
-    The step's own buffers would find no room in those pieces.
+    The step's own buffers would find no room in those pieces. Waits for the arguments, because a
+    step whose arguments are still being copied runs in a thread of its own, even on a CPU, where
+    its buffers would then stand beside those of the next step.
     """
+    jax.block_until_ready(arguments)
     return_freed_memory()
     step.lower(*arguments).compile()
     return_freed_memory()
