@@ -133,10 +133,8 @@ def _observe_in_pieces(model: Network, images: np.ndarray, batch_size: int) -> _
     whole = _allocate(jax.eval_shape(observe_lengths, images[:size]), len(images))
     for start in range(0, len(images), size):
         # The last piece is filled up, because one of another size would be compiled again.
-        filled = jax.device_put(images.take(range(start, start + size), 0, mode="wrap"))
-        # While its arguments are being copied a CPU would start the call in a thread of its own,
-        # and have the buffers of one piece beside those of the next.
-        piece = jax.device_get(observe_lengths(jax.block_until_ready(filled)))
+        filled = images.take(range(start, start + size), 0, mode="wrap")
+        piece = jax.device_get(observe_lengths(filled))
         for array, part in zip(jax.tree.leaves(whole), jax.tree.leaves(piece), strict=True):
             array[start : start + size] = part[: max(0, len(array) - start)]
     return whole

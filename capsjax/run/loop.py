@@ -16,7 +16,7 @@ from capsjax import sharding
 from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoints
 from capsjax.run.folder import read_rows, write_rows
-from capsjax.run.machine import return_freed_memory
+from capsjax.run.machine import measure_resident_memory, return_freed_memory
 from capsjax.run.metrics import Metrics, average, make_row, summarize
 from capsjax.run.opening import open_checkpoints
 from capsjax.run.plan import Plan
@@ -30,10 +30,12 @@ from capsjax.train import Diagnostics, Sums, TrainState, jit_steps, zero_sums
 # 16 such steps abort the process; two processes with two devices each hang.
 _IN_FLIGHT = 4
 
-# The first calls of a step, after which freed memory is returned. Whatever small they leave behind
-# lies in the room of their large buffers, so that those of the next call do not fit there and take
-# new room. Later calls leave little, and to fault returned pages in again takes them 0.1 s each.
-_SETTLING = 4
+# glibc may keep, for small objects, the few bytes by which it had aligned a large buffer. Then the
+# buffer of the next call does not fit where this one was, and takes new room, while the old stays
+# resident until it is returned. That happens in the first calls of a step, and seldom later; to
+# return memory after every call would cost each 0.1 s, in which its pages are faulted in again.
+_SETTLING = 4  # calls
+_MOVED = 2**26  # bytes by which a process grows from one call to the next if a large buffer moved
 
 
 class Diverged(ArithmeticError):
@@ -60,6 +62,7 @@ class Runner:
         self._signals = StopSignals(collective=collective)
         self._param_names: list[str] = []
         self._calls: Counter[str] = Counter()  # of both steps
+        self._resident = 0  # bytes, after the last call of either
 
     def train(
         self, folder: Path, state: TrainState, notes: dict[str, Any]
@@ -125,17 +128,15 @@ class Runner:
         if indices is None:
             indices = np.arange(self.plan.setup.task.count_tests(len(labels)), dtype=np.int32)
         state = jax.device_put(state, sharding.replicated(self.plan.mesh))
-        batches = [
-            [sharding.place(self.plan.mesh, array) for array in batch]
-            for batch in self._fill_batches(indices)
-        ]
-        jax.block_until_ready(batches)  # for the reason that `_compile` has
-        _compile(self._evaluate, state, images, labels, *batches[0])
         results: list[tuple[Sums, jax.Array]] = []
-        for batch in batches:
+        for batch, counted in self._fill_batches(indices):
             if self._signals.stop():
                 raise Stopped(self._signals.status)
-            results.append(self._evaluate(state, images, labels, *batch))
+            placed = (sharding.place(self.plan.mesh, array) for array in (batch, counted))
+            arguments = state, images, labels, *placed
+            if not results:
+                _compile(self._evaluate, *arguments)
+            results.append(self._evaluate(*arguments))
             jax.block_until_ready(results[-1 - self._in_flight :][0])
             self._settle("evaluate")
         sums, predicted = zip(*jax.device_get(results), strict=True)
@@ -181,10 +182,12 @@ class Runner:
         return state, seconds
 
     def _settle(self, step: str) -> None:
-        """Returns the memory that one of the first calls of a step freed."""
+        """Returns the memory that a step freed: after its first calls, and if its buffers moved."""
         self._calls[step] += 1
-        if self._calls[step] <= _SETTLING:
+        resident = measure_resident_memory()
+        if self._calls[step] <= _SETTLING or resident > self._resident + _MOVED:
             return_freed_memory()
+        self._resident = resident
 
     def _evaluate_epoch(
         self, state: TrainState, seconds: float, checkpoints: Checkpoints
@@ -298,11 +301,8 @@ class Runner:
 def _compile(step: Wrapped, *arguments: Any) -> None:
     """Compiles a step unless it is compiled, and returns what other steps and compiling freed.
 
-    The step's own buffers would find no room in those pieces. Waits for the arguments, because a
-    step whose arguments are still being copied runs in a thread of its own, even on a CPU, where
-    its buffers would then stand beside those of the next step.
+    The step's own buffers would find no room in those pieces.
     """
-    jax.block_until_ready(arguments)
     return_freed_memory()
     step.lower(*arguments).compile()
     return_freed_memory()

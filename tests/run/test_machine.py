@@ -2,14 +2,17 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarking.whole import run_measured
-from capsjax.run import Experiment, machine, main
+from capsjax.run import Experiment, loop, machine, main
+from data_files import digits, write_npz
 
 MNIST = str(Path(__file__).parents[2] / "experiments" / "mnist.py")
 
@@ -91,11 +94,35 @@ def test_another_c_library_is_left_alone(cache_folder, monkeypatch):
     machine.return_freed_memory()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_resident_memory_grows_with_what_is_written():
+    before = machine.measure_resident_memory()
+    held = np.ones(2**24)
+    assert machine.measure_resident_memory() - before == pytest.approx(held.nbytes, rel=0.05)
+
+
+def test_resident_memory_is_unknown_elsewhere(monkeypatch):
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    assert machine.measure_resident_memory() == 0
+
+
+def test_memory_is_returned_after_first_calls_and_whenever_a_large_buffer_moved(monkeypatch):
+    runner = mock.Mock(_calls=Counter(), _resident=0)
+    levels, returned = [900, 900, 901, 900, 900, 1200, 900, 930, 1230], []
+    for call, level in enumerate(levels):
+        monkeypatch.setattr(loop, "measure_resident_memory", lambda level=level: level * 2**20)
+        monkeypatch.setattr(loop, "return_freed_memory", lambda call=call: returned.append(call))
+        loop.Runner._settle(runner, "train")
+    assert returned == [0, 1, 2, 3, 5, 8]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_whole_run_of_mnist_peaks_below_1300_mib(precision, tmp_path):
-    flags = ["--epochs", "1", "--train-size", "1280", "--batch-size", "128", "--routings", "3"]
+    images = digits(train=60_000, test=1280)  # every training image, as in a user's process
+    flags = ["--data-dir", str(write_npz(tmp_path / "digits.npz", images)), "--epochs", "1"]
+    flags += ["--train-size", "1280", "--batch-size", "128", "--routings", "3"]
     # Nothing is compiled yet, as in a user's first run.
     environ = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     _, peak = run_measured([MNIST, *flags, "--precision", precision], tmp_path, environ)
