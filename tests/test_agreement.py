@@ -59,6 +59,7 @@ def test_routing_gives_the_capsules_of_routing_state(u_hat, bias):
     chex.assert_trees_all_equal(v, routing_state(u_hat, routings=2, bias=bias).capsules)
 
 
+@pytest.mark.slow
 @given(
     hnp.arrays(
         np.float32,

@@ -82,6 +82,7 @@ def test_evaluation_takes_statistics_as_they_are_and_does_not_move_them(trained,
     np.testing.assert_allclose(sums.losses["margin"], margin, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_normalise_by_the_whole_batch_as_one_does(trained):
     alone, (sums, predicted) = trained
     together, (same_sums, same) = run(8)

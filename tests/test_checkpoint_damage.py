@@ -67,6 +67,7 @@ def test_a_step_before_a_damaged_one_is_saved(tmp_path):
     assert list_steps(folder) == [10, 15]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_harmless_or_found(tmp_path):
     folder = tmp_path / "run"
     save_all(folder, (1, 0.5), (2, 0.3))

@@ -18,6 +18,7 @@ def apply(layer, u):
     return jax.jit(lambda params, u: nnx.merge(graphdef, params)(u))(params, u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "routing", [2, capsjax.Agreement(bias=True), capsjax.Uniform(), capsjax.SelfAttention()]
 )
@@ -55,6 +56,7 @@ class Stack(nnx.Module):
         return outputs[1:]
 
 
+@pytest.mark.slow
 def test_three_layers_in_a_row_learn_and_diagnostics_finds_the_dead_capsules(rng):
     labels = np.arange(32) % 2
     patterns = rng.normal(size=(2, 7, 7, 3, 4))

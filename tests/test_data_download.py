@@ -231,6 +231,7 @@ def interrupt(process: subprocess.Popen) -> str:
     pytest.fail("pressing Ctrl-C ten times did not end the process")
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_download_ends_the_process_and_leaves_nothing(served, folder):
     halfway, waiting = threading.Event(), threading.Event()
 

@@ -33,6 +33,7 @@ def find(digit, images, shift, canvas):
     raise AssertionError("no image of the data set")
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31 - 1))
 def test_a_pair_is_a_base_and_a_top_of_another_class_each_shifted_by_itself(seed):
     images = np.random.default_rng(0).integers(1, 256, (len(LABELS), 3, 4, 1), np.uint8)
@@ -50,6 +51,7 @@ def test_a_pair_is_a_base_and_a_top_of_another_class_each_shifted_by_itself(seed
         np.testing.assert_array_equal(image, digits.astype(int).sum(0).clip(max=255))
 
 
+@pytest.mark.slow
 def test_every_other_class_image_is_as_likely_and_so_is_every_shift(images):
     many = np.zeros(6000, int)  # image 0, whose class images 0 and 3 have
     pairs = jax.device_get(overlap(jax.random.key(1), images, LABELS, many, shift=1, canvas=6))

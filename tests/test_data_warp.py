@@ -160,6 +160,7 @@ def test_what_cannot_be_warped_is_an_error_in_words(shape, limits, message):
         warp(KEY, jnp.zeros(shape), **limits)
 
 
+@pytest.mark.slow
 def test_a_whole_shift_agrees_with_the_exact_one():
     image = np.arange(48, dtype=np.float32).reshape(1, 6, 8, 1)
     exact = {np.asarray(shift(jax.random.key(seed), image, 1)).tobytes() for seed in range(40)}

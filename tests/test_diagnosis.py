@@ -128,6 +128,7 @@ def measure(couplings):
     return tuple(map(float, numbers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [N_IMAGES, N_IMAGES // 2])
 def test_a_diagnosis_is_made_of_the_functions_whatever_the_size_of_its_pieces(batch_size):
     net, (x, y) = make_stack(), make_images()
@@ -182,6 +183,7 @@ def make_matrix() -> capsjax.MatrixCapsNet:
     )
 
 
+@pytest.mark.slow
 def test_observing_capsules_of_poses_shows_em_after_each_iteration():
     net, (x, y) = make_matrix(), make_images()
     output, layers = diagnostics.observe(net, x)

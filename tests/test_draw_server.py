@@ -66,6 +66,7 @@ def call(client, path: str, request: dict) -> dict:
     return response.json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "stages"), [(0, 5), (1, 1), (2, 1)])
 def test_scores_are_those_of_the_network(client, readers, network, stages):
     answer = call(client, "/read", make_request(network=network))
@@ -323,6 +324,7 @@ def spoil(request: dict, rng: random.Random) -> dict:
     return spoilt
 
 
+@pytest.mark.slow
 def test_a_thousand_bad_requests_are_refused_and_the_next_good_one_is_answered(client):
     rng = random.Random(0)
     good = make_request(chosen=2, pose={"rotation": 3.0, "scale": 1.1})

@@ -65,6 +65,7 @@ def test_a_layer_equals_the_papers_loops(rng, size, strides):
         np.testing.assert_allclose(activations[n], expected[1], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_child_shares_itself_out_whole_among_the_parents_that_see_it(rng):
     size, strides, inputs = 3, 2, draw(rng, 2, 7, 6)
     cut = partial(capsjax.extract_windows, size=size, strides=strides)
@@ -85,6 +86,7 @@ def test_a_child_shares_itself_out_whole_among_the_parents_that_see_it(rng):
     assert not sums[:, :, 5].any()  # no window sees the last column
 
 
+@pytest.mark.slow
 def test_with_windows_of_one_position_a_layer_is_em_at_each_of_them(rng):
     layer, inputs = make(ConvEMCaps, N, J, kernel_size=1), draw(rng, 2, 3, 2)
     poses, activations = apply(layer, inputs)
@@ -151,6 +153,7 @@ def test_layers_keep_bfloat16_poses_and_float32_activations(rng):
     np.testing.assert_allclose(outputs.activations, apply(layer, inputs).activations, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_at_equal_votes_and_extreme_activations():
     layer = make(ConvEMCaps, N, J, kernel_size=2)
     graphdef, params = nnx.split(layer)
@@ -169,6 +172,7 @@ def test_gradients_are_finite_at_equal_votes_and_extreme_activations():
             assert np.isfinite(leaf).all(), (value, active)
 
 
+@pytest.mark.slow
 def test_memory_holds_the_votes_of_one_output_capsule():
     positions, types, outputs = 6, 4, 32
     layer = nnx.eval_shape(lambda: ConvEMCaps(types, outputs, routing=2, rngs=nnx.Rngs(0)))

@@ -24,6 +24,7 @@ print(function.platforms)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_model", [tiny.make_capsnet, tiny.make_normalised])
 def test_an_exported_network_runs_without_capsjax_on_any_number_of_images(tmp_path, make_model):
     model = make_model()

@@ -37,6 +37,7 @@ def net():
     return SMALL.build((36, 36, 1), 10, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_test_pair_is_the_same_in_every_batch_and_its_base_returns_with_another_top(
     data, test_batch
 ):
@@ -72,6 +73,7 @@ def test_both_digits_stand_in_the_order_of_their_classes_and_overlap_to_the_imag
         assert classes == np.flatnonzero(present).tolist()
 
 
+@pytest.mark.slow
 def test_each_capsule_is_drawn_by_itself_that_of_the_lower_class_first(data, test_batch, net):
     batch = test_batch(*data, jnp.arange(6))
     classes = np.sort(np.argsort(-np.asarray(batch.labels), 1, kind="stable")[:, :2], 1)

@@ -90,6 +90,7 @@ def test_a_routing_equals_its_paper(name, rng, lead, dtype, call):
         np.testing.assert_allclose(float64(result), paper, rtol=tolerance, atol=tolerance / 10)
 
 
+@pytest.mark.slow
 def test_votes_that_are_never_made_give_the_same_capsules_and_gradients(name, rng):
     routing, _ = FAMILY[name]
     u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
@@ -109,6 +110,7 @@ def test_votes_that_are_never_made_give_the_same_capsules_and_gradients(name, rn
     chex.assert_trees_all_close(made, lazy, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_order_of_capsules_does_not_matter(rng):
     votes, activations = draw(rng, 2)
     i, j = rng.permutation(N), rng.permutation(J)
@@ -125,6 +127,7 @@ def test_the_order_of_capsules_does_not_matter(rng):
         np.testing.assert_allclose(mixed, poses[:, j], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [1, N])
 def test_gradients_are_finite_at_equal_votes_one_input_and_extreme_activations(
     name, inputs, monkeypatch
@@ -144,6 +147,7 @@ def test_gradients_are_finite_at_equal_votes_one_input_and_extreme_activations(
             assert np.isfinite(leaf).all(), (value, active)
 
 
+@pytest.mark.slow
 def test_the_gradient_equals_finite_differences(name, rng):
     routing, _ = FAMILY[name]
     with jax.enable_x64(True):
@@ -196,6 +200,7 @@ def test_inactive_inputs_make_no_capsules():
     assert not activations.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["em", "variational"])
 def test_memory_holds_the_votes_of_one_output_capsule(name):
     batch, classes, inputs, d, k = 32, 40, 500, 64, 4

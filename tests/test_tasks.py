@@ -216,6 +216,7 @@ class Annealed(Classification):
         return {**losses, "loss": (1 + step) * losses["loss"], "step": 0 * losses["loss"] + step}
 
 
+@pytest.mark.slow
 def test_a_loss_may_depend_on_the_number_of_the_step():
     diagnostics, state = run(Annealed(0.5), LABELS, steps=3)
     for number, each in enumerate(diagnostics):
@@ -250,6 +251,7 @@ class Pairs(Classification):
         return Batch(jnp.maximum(first, second), labels, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "labels"), [(Classification(0.5), K_HOT), (Pairs(0.5), LABELS)], ids=["data", "task"]
 )
@@ -281,6 +283,7 @@ def assert_two_classes_each(labels):
     np.testing.assert_array_equal(integers(labels).sum(-1), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "labels"), [(Classification(0.5), K_HOT), (Pairs(0.5), LABELS)], ids=["data", "task"]
 )

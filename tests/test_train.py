@@ -70,6 +70,7 @@ def test_a_run_traces_each_step_once(steps):
     assert state.step == 6
 
 
+@pytest.mark.slow
 def test_the_batches_of_an_epoch_take_turns(steps):
     order, state, step = BATCHES[:3], first_state(), jit_steps(tiny.SETUP, MESH)[0]
     for _ in range(4):  # the fourth step is the first of the second epoch
@@ -204,6 +205,7 @@ def test_the_key_the_step_and_the_indices_each_change_what_is_seen(steps):
     assert len(set(other)) == 4
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_sums_in_float32_and_is_near_float32(steps):
     step, _ = jit_steps(dataclasses.replace(tiny.SETUP, dtype="bfloat16"), MESH)
     exact, diagnostics = run(steps[0], BATCHES[:3])

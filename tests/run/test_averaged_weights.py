@@ -16,6 +16,8 @@ from tiny_run import (
     run_command,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def averaged(trained):

@@ -6,6 +6,8 @@ import pytest
 import capsjax
 from tiny_run import make_images, read_json, run_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def members(trained):

@@ -60,6 +60,7 @@ with lock_folder(Path(sys.argv[1])), lock_folder(Path(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_by_a_living_process_is_refused_until_it_dies(start, plain, base, tmp_path):
     copied, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(plain.folder, copied)

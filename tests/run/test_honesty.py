@@ -17,6 +17,8 @@ from tiny_run import (
     write_images,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def praise_the_last_epoch(folder) -> np.ndarray:
     """Makes labels that the network of the last epoch predicts without an error."""
@@ -32,7 +34,7 @@ def praise_the_last_epoch(folder) -> np.ndarray:
         ({}, "images"),
         ({}, "labels"),
         ({"validation": 10, "epochs": 6, "lr": 0.01}, "labels"),
-        pytest.param({"preset": "best"}, "labels", marks=pytest.mark.slow),
+        ({"preset": "best"}, "labels"),
     ],
     ids=str,
 )

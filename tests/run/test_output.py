@@ -57,6 +57,7 @@ def test_it_prints_source_devices_parameters_an_epoch_a_line_and_the_result(plai
     assert plain.err == ""
 
 
+@pytest.mark.slow
 def test_the_result_counts_the_test_images_that_the_trained_network_misreads(trained):
     outcome = trained(seed=1)
     images = make_images()
@@ -108,6 +109,7 @@ def test_the_weights_that_a_run_leaves_are_those_of_its_last_checkpoint(plain):
     assert have_same_bits(read_weights(plain.folder), read_params(plain.folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "preset"), [({}, "seed"), ({"preset": "paper"}, "paper")])
 def test_the_notes_of_the_weights_tell_preset_test_error_and_commit(trained, flags, preset):
     folder = trained(**flags).folder
@@ -181,6 +183,7 @@ def test_config_json_is_written_before_the_first_step(start, tmp_path):
     assert seen == [".lock", "checkpoints", "config.json"]
 
 
+@pytest.mark.slow
 def test_metrics_csv_holds_a_row_an_epoch_with_every_metric(trained):
     folder = trained(validation=10).folder
     with (folder / "metrics.csv").open(newline="") as file:
@@ -222,6 +225,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(start, copied):
     assert read_tree(copied) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seed", "paper", "file"])
 def test_each_step_is_compiled_once(start, plain, kind):
     file = {"weights": plain.folder / "weights.safetensors"}

@@ -28,6 +28,8 @@ from tiny_run import (
     run_command,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @dataclasses.dataclass(frozen=True)
 class BareConfig:

@@ -13,6 +13,8 @@ from PIL import Image
 import capsjax
 from capsjax.run import pictures
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("curves.png", "reconstructions.png", "perturbations.png", "errors.png", "capsules.png")
 ROWS = [{"epoch": "1", "train_error": "4.2", "validation_error": "", "test_error": "3.1"}]
 

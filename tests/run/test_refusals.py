@@ -54,6 +54,7 @@ def test_another_setting_beside_resume_is_refused_with_both_values(plain, flag, 
     assert read_tree(plain.folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(start):
     with after_step(STEPS, raise_signal()):
         stopped = start()

@@ -23,6 +23,8 @@ from tiny_run import (
     write_images,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("flags", "stops"),

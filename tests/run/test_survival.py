@@ -137,12 +137,12 @@ def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
     assert_resumed(run, save_dir, unbroken)
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
+def test_a_dozen_kills_at_random_moments_lose_nothing(run, folder):
     undisturbed, killed = folder / "ten-epochs", folder / "killed-often"
     with run(save_dir=undisturbed, epochs=10) as process:
         assert process.wait(timeout=300) == 0
     rng, saved = np.random.default_rng(0), [0]
-    for number in range(20):
+    for number in range(12):
         begun = (killed / "config.json").exists()
         flags = {"resume": killed} if begun else {"save_dir": killed, "epochs": 10}
         # While it starts, in a step, or in the save that follows each.
@@ -153,7 +153,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(run, folder):
             process.kill()
             assert process.wait(timeout=60) == -signal.SIGKILL, process.communicate()[0]
         saved.append(find_newest(killed))
-    assert len(set(saved)) > 10
+    assert len(set(saved)) > 6
     assert_resumed(run, killed, undisturbed)
     assert [row["epoch"] for row in read_rows(killed)] == [str(n + 1) for n in range(10)]
 

@@ -24,6 +24,7 @@ def scripted():
         yield wrongs
 
 
+@pytest.mark.slow
 def test_training_stops_at_the_first_epoch_that_reaches_it_and_stays_stopped(start, scripted):
     scripted += [9, 3, 2]
     run = start(validation=20, epochs=4, target=85)  # 3 of 20 are wrong in just as many

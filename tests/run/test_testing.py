@@ -10,6 +10,8 @@ import capsjax
 from test_output import PICTURES
 from tiny_run import EXPERIMENT, read_rows, read_tree, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def test_testing_prints_loss_and_error_and_draws_again_with_no_training(copied, plain):
     for name in PICTURES:
