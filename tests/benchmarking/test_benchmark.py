@@ -43,7 +43,7 @@ def test_contenders_take_turns_and_a_missing_library_is_named(capsys, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", benchmark.NETWORKS)
 def test_each_network_computes_what_it_does_in_pytorch(network, inputs):
-    settings = benchmark.Benchmark(batch_size=32, rounds=1, steps=1)
+    settings = benchmark.Benchmark(batch_size=8, rounds=1, steps=1)
     results = benchmark.time_network(network, settings, inputs)  # stops if the losses differ
     assert list(results) == list(benchmark.NETWORKS[network])
 
