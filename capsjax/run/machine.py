@@ -54,10 +54,12 @@ def return_freed_memory() -> None:
 
 
 def measure_resident_memory() -> int:
-    """Measures the memory of this process that is resident, in bytes; 0 where Linux is not."""
-    if not sys.platform.startswith("linux"):
+    """Measures the memory of this process that is resident, in bytes; 0 if no /proc tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
         return 0
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _find_in_glibc(function: str) -> Any:

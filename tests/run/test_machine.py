@@ -101,8 +101,8 @@ def test_resident_memory_grows_with_what_is_written():
     assert machine.measure_resident_memory() - before == pytest.approx(held.nbytes, rel=0.05)
 
 
-def test_resident_memory_is_unknown_elsewhere(monkeypatch):
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
+def test_without_proc_resident_memory_is_unknown_and_no_error(monkeypatch):
+    monkeypatch.setattr(machine, "Path", mock.Mock(side_effect=FileNotFoundError))
     assert machine.measure_resident_memory() == 0
 
 
