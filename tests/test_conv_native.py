@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export, lax
+from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
+import platforms
 from capsjax._conv import conv
 from convolutions import (
     PATCHES,
@@ -40,12 +41,7 @@ CASES = (
 
 @pytest.fixture(params=["cuda"])
 def _accelerator(request, monkeypatch):
-    """Lets the CPU take the path of another platform."""
-
-    def choose(*operands, default, **others):
-        return others.get(request.param, default)(*operands)
-
-    monkeypatch.setattr(lax, "platform_dependent", choose)
+    platforms.take_path(request.param, monkeypatch)
 
 
 def compile_anew(strides, *arrays):

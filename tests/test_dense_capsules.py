@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import capsjax
+import platforms
 from capsjax import Agreement
 from capsjax._routing import _dense_votes
 
@@ -50,6 +51,28 @@ def test_the_capsule_layer_has_routings_value_and_gradients(
         for function in (layer, composed)
     ]
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("leak", [False, True])
+@pytest.mark.parametrize("classes", [J, 40], ids=["softmax-written-out", "too-many-for-that"])
+def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(rng, classes, leak, monkeypatch):
+    # Large numbers: the softmax must not overflow, and some couplings are near 0 and 1.
+    weight = jnp.asarray(rng.normal(size=(classes, N, D, K)) * 30, jnp.float32)
+    u = jnp.asarray(rng.normal(size=(2, N, K)) * 10, jnp.float32)
+    cotangent = jnp.asarray(rng.normal(size=(2, classes, D)), jnp.float32)
+
+    def differentiate():
+        def layer(u, weight):
+            state = capsjax.routing_state(
+                capsjax.DenseVotes(u, weight), leak=leak, stop_gradient=False
+            )
+            return jnp.vdot(state.capsules, cotangent), state
+
+        return jax.jit(jax.grad(layer, (0, 1), has_aux=True))(u, weight)
+
+    here = differentiate()
+    platforms.take_path("cuda", monkeypatch)
+    chex.assert_trees_all_close(differentiate(), here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("classes", "platforms"), [(10, ["cpu"]), (1000, ["cpu", "cuda", "tpu"])])

@@ -106,8 +106,8 @@ def _convolve_bwd(strides, residuals, dy):
         *residuals,
         dy,
         cpu=functools.partial(_compute_gradients_on_cpu, strides),
-        tpu=functools.partial(_compute_gradients_natively, _native.differentiate, strides),
-        default=functools.partial(_compute_gradients_natively, _native.compute_gradients, strides),
+        tpu=functools.partial(_compute_gradients_on_tpu, strides),
+        default=functools.partial(_compute_gradients_on_gpu, strides),
     )
 
 
@@ -119,9 +119,12 @@ def _convolve_natively(strides, x, w, b):
     return y + jnp.broadcast_to(b, y.shape)
 
 
-def _compute_gradients_natively(gradients, strides, x, w, _, dy):
-    dx, dw = gradients(strides, x, w, dy)
-    return dx, dw, jnp.sum(dy, (0, 1, 2))
+def _compute_gradients_on_tpu(strides, x, w, _, dy):
+    return *_native.differentiate(strides, x, w, dy), jnp.sum(dy, (0, 1, 2))
+
+
+def _compute_gradients_on_gpu(strides, x, w, _, dy):
+    return _native.compute_all_gradients(strides, x, w, dy)
 
 
 def _convolve_on_cpu(strides, x, w, b):

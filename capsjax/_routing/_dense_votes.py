@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
 
 from capsjax._routing._tiles import map_made_votes
@@ -68,7 +69,7 @@ class DenseVotes:
         """Returns s_j = Σ_i c_ji û_ji, [..., j, d], for couplings [..., j, i]; None: all are 1."""
         rows, matrices = self._rows, self._matrices
         if couplings is None:  # a third of the work
-            s = _dot(rows, matrices, ((1, 2), (2, 3)))
+            s = _sum_inputs(rows, matrices, ((1, 2), (2, 3)))
         else:
             s = _sum_weighted(_flatten(couplings, 2), rows, matrices)
         return s.reshape(*self.u.shape[:-2], *s.shape[1:])
@@ -113,7 +114,8 @@ class DenseVotes:
 
     @property
     def _matrices(self) -> jax.Array:
-        return self.weight.astype(self.dtype).transpose(0, 2, 3, 1)  # [j, d, k, i]
+        matrices = self.weight.astype(self.dtype).transpose(0, 2, 3, 1)  # [j, d, k, i]
+        return lax.platform_dependent(matrices, cuda=_lay_out, default=lambda matrices: matrices)
 
 
 def _flatten(x: jax.Array, ndim: int) -> jax.Array:
@@ -121,12 +123,20 @@ def _flatten(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-ndim]), *x.shape[-ndim:])
 
 
+def _lay_out(matrices: jax.Array) -> jax.Array:
+    """Has a GPU write the matrices [j, d, k, i] to memory once, k innermost as in u.
+
+    So they suit all products. XLA would else transpose them for almost every one.
+    """
+    return lax.optimization_barrier(with_layout_constraint(matrices, Layout((0, 1, 3, 2))))
+
+
 def _sum_weighted(couplings: jax.Array, rows: jax.Array, matrices: jax.Array) -> jax.Array:
     """Returns s [b, j, d] for couplings [b, j, i], rows [b, k, i] and matrices [j, d, k, i]."""
 
     def sum_of_class(c: jax.Array, w: jax.Array) -> jax.Array:  # c [b, i], w [d, k, i] -> s [b, d]
         weighted = c[:, None, :].astype(rows.dtype) * rows
-        return _dot(weighted, w, ((1, 2), (1, 2)))
+        return _sum_inputs(weighted, w, ((1, 2), (1, 2)))
 
     return _map_classes(rows, matrices)(sum_of_class)(couplings, matrices)
 
@@ -172,6 +182,19 @@ def _map_in_turn(function: Callable) -> Callable:
         return lax.map(lambda pair: of_class(*pair), (x.swapaxes(0, 1), w)).swapaxes(0, 1)
 
     return over_classes
+
+
+def _sum_inputs(
+    x: jax.Array, w: jax.Array, axes: tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """Sums over the axes k and i of x and of w; over i and k where they lie so (`_lay_out`)."""
+    (k, i), (w_k, w_i) = axes
+    return lax.platform_dependent(
+        x,
+        w,
+        cuda=lambda x, w: _dot(x, w, ((i, k), (w_i, w_k))),
+        default=lambda x, w: _dot(x, w, axes),
+    )
 
 
 def _dot(x: jax.Array, w: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

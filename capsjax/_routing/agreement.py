@@ -4,6 +4,8 @@ Letters: `...` leading axes, j output capsule, i input capsule, d output and k i
 """
 
 import dataclasses
+import functools
+import operator
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ from jax.typing import ArrayLike
 from capsjax._routing._dense_votes import DenseVotes
 from capsjax._routing._votes import Votes, as_bias, as_votes, check_iterations
 from capsjax._vectors import squash
+
+_MAX_WRITTEN_OUT = 32  # output capsules: the program grows with each
 
 
 class RoutingState(NamedTuple):
@@ -107,6 +111,7 @@ def routing_state(
 
     dtype = jnp.promote_types(votes.dtype, jnp.float32)
     b, c = jnp.zeros((*lead, j, i), dtype), jnp.full((*lead, j, i), 1 / (j + leak), dtype)
+    total = jnp.zeros((*lead, j, d), dtype)
     for iteration in range(routings):
         last = iteration == routings - 1
         u_hat, beta = inputs if last or not stop_gradient else lax.stop_gradient(inputs)
@@ -117,15 +122,31 @@ def routing_state(
             s = u_hat.weighted_sum(c)
         v = squash(s + beta)
         if not last:
-            b += u_hat.agreement(v)
+            total += v
+            b = u_hat.agreement(total)  # Σ û · v = û · Σ v: b is written, never read again
     return RoutingState(b, c, v.astype(votes.dtype))
 
 
 def _couple(logits: jax.Array, leak: bool) -> jax.Array:
-    couplings = jax.nn.softmax(logits, -2)
-    # e^b / (1 + Σ e^b) = softmax(b) · Σ e^b / (1 + Σ e^b), without overflow.
-    share = jax.nn.sigmoid(jax.nn.logsumexp(logits, -2, keepdims=True)) if leak else 1
-    return couplings * share
+    """Returns softmax_j(b); with a leak there is one logit more, whose share is left out."""
+    j = logits.shape[-2]
+    if leak:
+        logits = jnp.concatenate([logits, jnp.zeros_like(logits[..., :1, :])], -2)
+    softmax = functools.partial(jax.nn.softmax, axis=-2)
+    on_gpu = _softmax if j <= _MAX_WRITTEN_OUT else softmax
+    return lax.platform_dependent(logits, cuda=on_gpu, default=softmax)[..., :j, :]
+
+
+def _softmax(logits: jax.Array) -> jax.Array:
+    """Returns the softmax over j, written out: a GPU does it in the kernel that makes the logits.
+
+    `jax.nn.softmax` becomes three kernels, each of which reads the logits anew.
+    """
+    rows = [logits[..., n, :] for n in range(logits.shape[-2])]
+    top = lax.stop_gradient(functools.reduce(jnp.maximum, rows))
+    powers = [jnp.exp(row - top) for row in rows]
+    total = functools.reduce(operator.add, powers)
+    return jnp.stack([power / total for power in powers], -2)
 
 
 @dataclasses.dataclass(frozen=True)

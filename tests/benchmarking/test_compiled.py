@@ -84,7 +84,7 @@ def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
         if (dtype, batch) == ("bfloat16", 128):
             assert kernels <= 110
             assert temporaries < 90
-            assert moved < 1.2
+            assert moved <= 1.1
 
 
 @pytest.mark.slow
