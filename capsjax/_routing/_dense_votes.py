@@ -115,6 +115,8 @@ class DenseVotes:
     @property
     def _matrices(self) -> jax.Array:
         matrices = self.weight.astype(self.dtype).transpose(0, 2, 3, 1)  # [j, d, k, i]
+        if not _is_rounded(matrices):
+            return matrices
         return lax.platform_dependent(matrices, cuda=_lay_out, default=lambda matrices: matrices)
 
 
@@ -123,8 +125,13 @@ def _flatten(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-ndim]), *x.shape[-ndim:])
 
 
+def _is_rounded(x: jax.Array) -> bool:
+    """Tells whether a product's operand has fewer digits than its parameter: it is written anew."""
+    return x.dtype.itemsize < 4
+
+
 def _lay_out(matrices: jax.Array) -> jax.Array:
-    """Has a GPU write the matrices [j, d, k, i] to memory once, k innermost as in u.
+    """Has a GPU write rounded matrices [j, d, k, i] to memory once, k innermost as in u.
 
     So they suit all products. XLA would else transpose them for almost every one.
     """
@@ -189,6 +196,8 @@ def _sum_inputs(
 ) -> jax.Array:
     """Sums over the axes k and i of x and of w; over i and k where they lie so (`_lay_out`)."""
     (k, i), (w_k, w_i) = axes
+    if not _is_rounded(w):
+        return _dot(x, w, axes)
     return lax.platform_dependent(
         x,
         w,

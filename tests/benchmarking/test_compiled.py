@@ -80,9 +80,8 @@ def compile_step(named: str, batch: int) -> dict[str, list[float]]:
 def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
     for dtype, (gflop, moved, temporaries, kernels, *_) in compile_step("h100", batch).items():
         assert gflop == pytest.approx(count_step(batch, dtype).flop / 1e9, rel=0.05)
-        assert kernels < 115
+        assert kernels <= 110
         if (dtype, batch) == ("bfloat16", 128):
-            assert kernels <= 110
             assert temporaries < 90
             assert moved <= 1.1
 
