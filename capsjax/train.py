@@ -304,18 +304,31 @@ def _settle(gradient: jax.Array) -> jax.Array:
 
 
 def _norms(tree: Any) -> jax.Array:
-    """Returns the L2 norm of each array, in the order of the tree's leaves.
+    """Returns the L2 norm of each array, in the order of the tree's leaves."""
+    squares = lax.platform_dependent(
+        *jax.tree.leaves(tree), tpu=_sum_squares, default=_sum_squares_in_parts
+    )
+    return jnp.sqrt(squares)
 
-    A GPU sums the parts of an array while it updates the parameters, then those of all at once.
+
+def _sum_squares(*arrays: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(jnp.square(array)) for array in arrays])
+
+
+def _sum_squares_in_parts(*arrays: jax.Array) -> jax.Array:
+    """Returns `_sum_squares` of the arrays.
+
+    A GPU sums the parts of an array while it updates the parameters, then those of all at once. A
+    TPU would copy the array into another shape for this.
     """
     most = 1024
 
-    def sum_parts(leaf: jax.Array) -> jax.Array:
-        parts = math.gcd(leaf.size, most)
-        sums = jnp.sum(jnp.square(leaf).reshape(parts, -1), -1)
+    def sum_parts(array: jax.Array) -> jax.Array:
+        parts = math.gcd(array.size, most)
+        sums = jnp.sum(jnp.square(array).reshape(parts, -1), -1)
         return jnp.pad(sums, (0, most - parts))
 
-    return jnp.sqrt(jnp.sum(jnp.stack([sum_parts(leaf) for leaf in jax.tree.leaves(tree)]), -1))
+    return jnp.sum(jnp.stack([sum_parts(array) for array in arrays]), -1)
 
 
 def _add(sums: Sums, batch: Sums) -> Sums:
