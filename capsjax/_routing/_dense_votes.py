@@ -126,7 +126,7 @@ def _flatten(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _is_rounded(x: jax.Array) -> bool:
-    """Tells whether a product's operand has fewer digits than its parameter: it is written anew."""
+    """Tells whether x has fewer digits than a parameter, so that it is written to memory anew."""
     return x.dtype.itemsize < 4
 
 
@@ -194,7 +194,7 @@ def _map_in_turn(function: Callable) -> Callable:
 def _sum_inputs(
     x: jax.Array, w: jax.Array, axes: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
-    """Sums over the axes k and i of x and of w; over i and k where they lie so (`_lay_out`)."""
+    """Sums over the axes k and i of x and of w: in the order i, k where w lies so (`_lay_out`)."""
     (k, i), (w_k, w_i) = axes
     if not _is_rounded(w):
         return _dot(x, w, axes)
