@@ -316,7 +316,7 @@ def _sum_squares(*arrays: jax.Array) -> jax.Array:
 
 
 def _sum_squares_in_parts(*arrays: jax.Array) -> jax.Array:
-    """Returns `_sum_squares` of the arrays.
+    """Does what `_sum_squares` does, in two stages.
 
     A GPU sums the parts of an array while it updates the parameters, then those of all at once. A
     TPU would copy the array into another shape for this.

@@ -5,7 +5,7 @@ from jax import lax
 
 
 def take_path(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets functions that are traced from now on choose what they have for a platform."""
+    """Makes what is traced from now on choose its branch for a platform."""
 
     def choose(*operands, default, **others):
         return others.get(platform, default)(*operands)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import capsjax
 import platforms
@@ -54,13 +55,16 @@ def test_the_capsule_layer_has_routings_value_and_gradients(
 
 
 @pytest.mark.parametrize("leak", [False, True])
-@pytest.mark.parametrize("classes", [J, 40], ids=["softmax-written-out", "too-many-for-that"])
+@pytest.mark.parametrize(
+    ("classes", "scale"),
+    [(J, 1), (1, 1), (J, 300), (40, 1)],
+    ids=["", "one", "powers-that-must-not-overflow", "too-many-to-write-out"],
+)
 def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(
-    rng, classes, leak, dtype, monkeypatch
+    rng, classes, scale, leak, dtype, monkeypatch
 ):
-    # Large numbers: no power may overflow, and some couplings are near 0 and 1.
-    weight = jnp.asarray(rng.normal(size=(classes, N, D, K)) * 30, dtype)
-    u = jnp.asarray(rng.normal(size=(2, N, K)) * 10, dtype)
+    weight = jnp.asarray(rng.normal(size=(classes, N, D, K)) * scale, dtype)
+    u = jnp.asarray(rng.normal(size=(2, N, K)), dtype)
     cotangent = jnp.asarray(rng.normal(size=(2, classes, D)), jnp.float32)
 
     def differentiate():
@@ -73,21 +77,54 @@ def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(
 
     here = differentiate()
     platforms.take_path("cuda", monkeypatch)
-    rounding = 2.0 ** (-6 if dtype == jnp.bfloat16 else -16)  # where sums round to either side
+    # Sums in another order round differently.
+    rounding = 2.0 ** (-6 if dtype == jnp.bfloat16 else -16)
     for actual, expected in zip(*map(jax.tree.leaves, (differentiate(), here)), strict=True):
         chex.assert_trees_all_close(actual, expected, atol=rounding * jnp.abs(expected).max())
 
 
-@pytest.mark.parametrize(("classes", "platforms"), [(10, ["cpu"]), (1000, ["cpu", "cuda", "tpu"])])
-def test_classes_take_turns_where_they_are_many_and_on_a_cpu(classes, platforms):
-    u = jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)
-    weight = jax.ShapeDtypeStruct((classes, 1152, 16, 8), jnp.float32)
-    traced = jax.jit(jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1))).trace
-    lowered = {
-        platform: traced(u, weight).lower(lowering_platforms=(platform,)).as_text()
+@pytest.mark.parametrize("routings", [1, 2])
+def test_the_state_keeps_64_bits_after_any_number_of_iterations(rng, routings):
+    with jax.enable_x64(True):
+        votes = capsjax.DenseVotes(rng.normal(size=(2, N, K)), rng.normal(size=(J, N, D, K)))
+        state = capsjax.routing_state(votes, routings)
+        chex.assert_type([state.logits, state.couplings, state.capsules], jnp.float64)
+
+
+def lower(classes, dtype=jnp.float32, *, differentiate=False) -> dict[str, str]:
+    """Lowers the class capsules of MNIST for each platform."""
+    u = jax.ShapeDtypeStruct((2, 1152, 8), dtype)
+    weight = jax.ShapeDtypeStruct((classes, 1152, 16, 8), dtype)
+    layer: Any = capsjax.dense_capsules
+    if differentiate:
+        layer = jax.grad(lambda u, w: capsjax.dense_capsules(u, w).sum(), (0, 1))
+    traced = jax.jit(layer).trace(u, weight)
+    return {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "cuda", "tpu")
     }
-    assert [name for name, text in lowered.items() if "stablehlo.while" in text] == platforms
+
+
+@pytest.mark.parametrize(("classes", "in_turn"), [(10, ["cpu"]), (1000, ["cpu", "cuda", "tpu"])])
+def test_classes_take_turns_where_they_are_many_and_on_a_cpu(classes, in_turn):
+    lowered = lower(classes, differentiate=True)
+    assert [name for name, text in lowered.items() if "stablehlo.while" in text] == in_turn
+
+
+def test_a_gpu_has_its_softmax_written_out_and_in_16_bits_its_matrices_laid_out(dtype):
+    lowered = lower(10, dtype)
+    reduced = [name for name, text in lowered.items() if "applies stablehlo.maximum" in text]
+    assert reduced == ["cpu", "tpu"]
+    laid_out = [name for name, text in lowered.items() if "optimization_barrier" in text]
+    assert laid_out == (["cuda"] if dtype == jnp.bfloat16 else [])
+
+
+def test_the_layer_can_be_exported_for_every_platform(dtype):
+    u, weight = jnp.ones((2, N, K), dtype), jnp.ones((J, N, D, K), dtype)
+    layer = jax.jit(capsjax.dense_capsules)
+    exported = export.export(layer, platforms=("cpu", "cuda", "tpu"))(u, weight)
+    loaded = export.deserialize(exported.serialize())
+    chex.assert_trees_all_close(loaded.call(u, weight), layer(u, weight))
 
 
 def test_the_memory_of_the_capsule_layer_does_not_hold_the_predictions():

@@ -303,3 +303,12 @@ def test_the_norms_are_the_same_whether_summed_in_parts_or_not(monkeypatch, rng)
     for platform in ("cuda", "tpu"):
         platforms.take_path(platform, monkeypatch)
         np.testing.assert_allclose(train._norms(tree), norms, rtol=1e-6)
+
+
+def test_a_tpu_keeps_the_shape_of_each_gradient_while_it_sums():
+    traced = jax.jit(train._norms).trace({"kernel": jnp.ones((64, 80)), "bias": jnp.ones(80)})
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu")
+    }
+    assert [name for name, text in texts.items() if "-> tensor<1024x5xf32>" in text] == ["cuda"]

@@ -96,7 +96,7 @@ def _convolve(strides, x: Array, w: Array, b: Array) -> Array:
 
 def _convolve_fwd(strides, x, w, b):
     w = lax.optimization_barrier(w)  # or both passes of a GPU read it in float32 and round it anew
-    return _convolve(strides, x, w, b), (x, w, b)
+    return _convolve(strides, x, w, b), (x, w)
 
 
 def _convolve_bwd(strides, residuals, dy):
@@ -107,7 +107,7 @@ def _convolve_bwd(strides, residuals, dy):
         dy,
         cpu=functools.partial(_compute_gradients_on_cpu, strides),
         tpu=functools.partial(_compute_gradients_on_tpu, strides),
-        default=functools.partial(_compute_gradients_on_gpu, strides),
+        default=functools.partial(_native.compute_all_gradients, strides),
     )
 
 
@@ -119,12 +119,8 @@ def _convolve_natively(strides, x, w, b):
     return y + jnp.broadcast_to(b, y.shape)
 
 
-def _compute_gradients_on_tpu(strides, x, w, _, dy):
+def _compute_gradients_on_tpu(strides, x, w, dy):
     return *_native.differentiate(strides, x, w, dy), jnp.sum(dy, (0, 1, 2))
-
-
-def _compute_gradients_on_gpu(strides, x, w, _, dy):
-    return _native.compute_all_gradients(strides, x, w, dy)
 
 
 def _convolve_on_cpu(strides, x, w, b):
@@ -133,7 +129,7 @@ def _convolve_on_cpu(strides, x, w, b):
     return (y + jnp.broadcast_to(b, y.shape)).astype(x.dtype)
 
 
-def _compute_gradients_on_cpu(strides, x, w, _, dy):
+def _compute_gradients_on_cpu(strides, x, w, dy):
     # A matrix product, since XLA's sum of bfloat16 over leading axes takes ten times as long.
     flat = dy.reshape(-1, dy.shape[3])
     db = contract(jnp.ones(flat.shape[0], dy.dtype), flat, ((0,), (0,)))

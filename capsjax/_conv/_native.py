@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_CHANNELS_AT_ONCE = 8  # cuDNN pads the channels to a multiple of this
+_CHANNEL_MULTIPLE = 8  # to which cuDNN pads the channels of 16-bit images
 
 
 def convolve(strides: tuple[int, int], x: Array, w: Array) -> Array:
@@ -37,14 +37,14 @@ def compute_all_gradients(
     strides: tuple[int, int], x: Array, w: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of images, kernel and bias: the best form for a GPU."""
-    if x.shape[3] % _CHANNELS_AT_ONCE == 0:
-        return *compute_gradients(strides, x, w, dy), jnp.sum(dy, (0, 1, 2))
-    # A channel of ones costs nothing then, and its taps have the bias's gradient: Σ dy. Few
-    # channels come with large images, for which a sum of its own would read all of dy once more.
+    dx, channels = compute_dx(strides, x.shape, w, dy), x.shape[3]
+    if channels % _CHANNEL_MULTIPLE == 0 or dy.dtype.itemsize > 2:
+        return dx, _compute_dw(strides, x, w.shape, dy), jnp.sum(dy, (0, 1, 2))
+    # A channel of ones fits into the padding, and the gradient of each of its taps is the bias's,
+    # Σ dy. Few channels come with large images, for which a sum would read all of dy once more.
     with_ones = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-    rows, columns, channels, outputs = w.shape
-    dw = _compute_dw(strides, with_ones, (rows, columns, channels + 1, outputs), dy)
-    return compute_dx(strides, x.shape, w, dy), dw[:, :, :-1], dw[0, 0, -1]
+    dw = _compute_dw(strides, with_ones, (*w.shape[:2], channels + 1, w.shape[3]), dy)
+    return dx, dw[:, :, :-1], dw[0, 0, -1]
 
 
 def _compute_dw(strides, x, shape, dy) -> Array:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
 
 from capsjax._routing._tiles import map_made_votes
@@ -115,7 +114,7 @@ class DenseVotes:
     @property
     def _matrices(self) -> jax.Array:
         matrices = self.weight.astype(self.dtype).transpose(0, 2, 3, 1)  # [j, d, k, i]
-        if not _is_rounded(matrices):
+        if not _are_laid_out(self.dtype):
             return matrices
         return lax.platform_dependent(matrices, cuda=_lay_out, default=lambda matrices: matrices)
 
@@ -125,17 +124,19 @@ def _flatten(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-ndim]), *x.shape[-ndim:])
 
 
-def _is_rounded(x: jax.Array) -> bool:
-    """Tells whether x has fewer digits than a parameter, so that it is written to memory anew."""
-    return x.dtype.itemsize < 4
+def _are_laid_out(dtype: jnp.dtype) -> bool:
+    """Tells whether a GPU gets W as a copy of 16 bits, whose layout is then free to choose."""
+    return dtype.itemsize == 2
 
 
 def _lay_out(matrices: jax.Array) -> jax.Array:
-    """Has a GPU write rounded matrices [j, d, k, i] to memory once, k innermost as in u.
+    """Has a GPU write the matrices [j, d, k, i] to memory once, k innermost as in u.
 
-    So they suit all products. XLA would else transpose them for almost every one.
+    So they suit all products. Otherwise XLA would transpose them for almost every one.
     """
-    return lax.optimization_barrier(with_layout_constraint(matrices, Layout((0, 1, 3, 2))))
+    j, d, k, i = matrices.shape
+    rows = matrices.swapaxes(2, 3).reshape(j * d, i * k)
+    return lax.optimization_barrier(rows).reshape(j, d, i, k).swapaxes(2, 3)
 
 
 def _sum_weighted(couplings: jax.Array, rows: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -194,9 +195,9 @@ def _map_in_turn(function: Callable) -> Callable:
 def _sum_inputs(
     x: jax.Array, w: jax.Array, axes: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
-    """Sums over the axes k and i of x and of w: in the order i, k where w lies so (`_lay_out`)."""
+    """Sums over the axes k and i of x and of w; k is the inner one where `_lay_out` made it so."""
     (k, i), (w_k, w_i) = axes
-    if not _is_rounded(w):
+    if not _are_laid_out(w.dtype):
         return _dot(x, w, axes)
     return lax.platform_dependent(
         x,

@@ -122,8 +122,8 @@ def routing_state(
             s = u_hat.weighted_sum(c)
         v = squash(s + beta)
         if not last:
-            total += v
-            b = u_hat.agreement(total)  # Σ û · v = û · Σ v: b is written, never read again
+            total += v  # Σ û · v = û · Σ v, so b is written but never read again
+            b = u_hat.agreement(total).astype(dtype)
     return RoutingState(b, c, v.astype(votes.dtype))
 
 

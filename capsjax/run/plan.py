@@ -64,15 +64,16 @@ def make_plan(settings: Settings, experiment: Experiment) -> tuple[Plan, TrainSt
     dataset, train_indices, validation_indices = _load(settings, experiment)
     batch_size = settings.training.batch_size
     steps = len(train_indices) // batch_size
-    if not steps and not settings.run.testing:
-        raise ValueError(
-            f"--batch-size {batch_size}: there are {len(train_indices)} images to train on"
-        )
+    if not steps:
+        if not settings.run.testing:
+            raise ValueError(
+                f"--batch-size {batch_size}: there are {len(train_indices)} images to train on"
+            )
+        steps = 1  # a test takes none, but the schedule needs one
     mesh = sharding.make_mesh(batch_size, settings.run.devices)
     print(f"devices   {mesh.size} of {jax.device_count()} × {jax.devices()[0].device_kind}")
     training, task = _make_task(settings, preset, experiment, dataset)
     settings = dataclasses.replace(settings, training=training)
-    steps = max(steps, 1)  # a test takes none, but has a schedule
     optimizer = preset.optimizer(training, steps)
     graphdef, state = _make_state(settings, preset, task, optimizer, dataset)
     setup = Setup(graphdef, optimizer, task, settings.recipe.precision, training.average)

@@ -58,7 +58,8 @@ def test_the_file_that_a_run_leaves_is_tested_as_the_run_is(plain, base, tmp_pat
 def test_a_test_needs_no_batch_of_training_images(plain, base, tmp_path):
     file = plain.folder / "weights.safetensors"
     flags = {"data_dir": base["data_dir"], "save_dir": tmp_path, "batch_size": 2048}
-    assert run_command(weights=file, **flags).status == 2  # to train it needs one
+    refused = run_command(weights=file, **flags)
+    assert "--batch-size 2048: there are 60 images to train on" in refused.err
     outcome = run_command(testing=True, weights=file, **flags)
     assert outcome.status == 0, outcome.err
     assert outcome.out.splitlines()[-1] == plain.out.splitlines()[-1]
