@@ -90,7 +90,8 @@ def test_an_h100_does_no_arithmetic_but_the_direct_convolutions(batch):
 def test_a_v5e_does_little_arithmetic_beside_the_direct_convolutions():
     for dtype, (gflop, moved, *_) in compile_step("v5e", 128).items():
         assert gflop == pytest.approx(count_step(128, dtype).flop / 1e9, rel=0.1)
-        assert moved < 1.3  # a copy of the whole data set would add 0.1
+        # A copy of the whole data set would add 0.1.
+        assert moved < (1.25 if dtype == "float32" else 1.3)
 
 
 @pytest.mark.slow
