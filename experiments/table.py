@@ -2,8 +2,8 @@
 
 python experiments/table.py
 
-Rewrites the tables in the README and in results/trials.md, and the figures results/*.png. The error
-is that of the last epoch; the standard deviation is that of the seeds. An ensemble stands in
+Rewrites the tables in the README and in results/trials.md, and the figure results/mnist.png. The
+error is that of the last epoch; the standard deviation is that of the seeds. An ensemble stands in
 results/mnist/NAME/test.json, as `mnist.py --testing` leaves it.
 """
 
@@ -268,7 +268,7 @@ def make_tables() -> dict[tuple[Path, str], str]:
 
 
 def main() -> None:
-    """Makes the tables and the figures, and prints the tables."""
+    """Makes the tables and the figure, and prints the tables."""
     for (path, mark), table in make_tables().items():
         write_between_marks(path, mark, table)
         print(table)

@@ -42,7 +42,7 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are():
 
 @pytest.mark.slow
 def test_the_command_line_tests_a_pretrained_network_by_its_name(tmp_path):
-    mnist = write_npz(tmp_path / "digits.npz", digits(train=128, test=1000))
+    mnist = write_npz(tmp_path / "digits.npz", digits(train=100, test=1000))
     script = Path(__file__).parents[1] / "experiments" / "mnist.py"
     words = [sys.executable, script, "--testing", "--weights", "capsnet-mnist"]
     words += ["--data-dir", mnist]

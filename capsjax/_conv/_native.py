@@ -29,7 +29,7 @@ def differentiate(strides: tuple[int, int], x: Array, w: Array, dy: Array) -> tu
 def compute_gradients(
     strides: tuple[int, int], x: Array, w: Array, dy: Array
 ) -> tuple[Array, Array]:
-    """Returns the gradients of images and kernel: the best form for a GPU."""
+    """Returns the gradients of images and kernel: the best form but for a TPU."""
     return compute_dx(strides, x.shape, w, dy), _compute_dw(strides, x, w.shape, dy)
 
 
