@@ -114,9 +114,7 @@ class DenseVotes:
     @property
     def _matrices(self) -> jax.Array:
         matrices = self.weight.astype(self.dtype).transpose(0, 2, 3, 1)  # [j, d, k, i]
-        if not _are_laid_out(self.dtype):
-            return matrices
-        return lax.platform_dependent(matrices, cuda=_lay_out, default=lambda matrices: matrices)
+        return _by_layout(self.dtype, _lay_out, lambda matrices: matrices)(matrices)
 
 
 def _flatten(x: jax.Array, ndim: int) -> jax.Array:
@@ -124,9 +122,14 @@ def _flatten(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-ndim]), *x.shape[-ndim:])
 
 
-def _are_laid_out(dtype: jnp.dtype) -> bool:
-    """Tells whether a GPU gets W as a copy of 16 bits, whose layout is then free to choose."""
-    return dtype.itemsize == 2
+def _by_layout(dtype: jnp.dtype, laid_out: Callable, default: Callable) -> Callable:
+    """Chooses a function: the first one where W has the layout of `_lay_out`, else the second.
+
+    It has that on a GPU in 16 bits, where W is a copy, whose layout is free to choose.
+    """
+    if dtype.itemsize > 2:
+        return default
+    return lambda *arrays: lax.platform_dependent(*arrays, cuda=laid_out, default=default)
 
 
 def _lay_out(matrices: jax.Array) -> jax.Array:
@@ -154,7 +157,7 @@ def _measure_agreement(v: jax.Array, rows: jax.Array, matrices: jax.Array) -> ja
 
     def agreement_of_class(v: jax.Array, w: jax.Array) -> jax.Array:  # v [b, d] -> û·v [b, i]
         # [b, k, i], rounded, since an accelerator writes them to memory for all classes.
-        values = _dot(v.astype(rows.dtype), w, ((1,), (0,))).astype(rows.dtype)
+        values = _combine(v.astype(rows.dtype), w).astype(rows.dtype)
         # Written out, since XLA's sum over an inner axis takes ten times as long on a CPU.
         terms = ((values[:, n] * rows[:, n]).astype(jnp.float32) for n in range(rows.shape[1]))
         return functools.reduce(operator.add, terms)
@@ -195,16 +198,23 @@ def _map_in_turn(function: Callable) -> Callable:
 def _sum_inputs(
     x: jax.Array, w: jax.Array, axes: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
-    """Sums over the axes k and i of x and of w; k is the inner one where `_lay_out` made it so."""
+    """Sums over the axes k and i of x and of w."""
     (k, i), (w_k, w_i) = axes
-    if not _are_laid_out(w.dtype):
-        return _dot(x, w, axes)
-    return lax.platform_dependent(
-        x,
-        w,
-        cuda=lambda x, w: _dot(x, w, ((i, k), (w_i, w_k))),
-        default=lambda x, w: _dot(x, w, axes),
-    )
+
+    def sum_laid_out(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _dot(x.swapaxes(k, i), w.swapaxes(w_k, w_i), axes)
+
+    return _by_layout(w.dtype, sum_laid_out, lambda x, w: _dot(x, w, axes))(x, w)
+
+
+def _combine(v: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns Σ_d v_d w_dki, [b, k, i], for v [b, d] and w [d, k, i]."""
+    axes = (1,), (0,)
+
+    def combine_laid_out(v: jax.Array, w: jax.Array) -> jax.Array:
+        return _dot(v, w.swapaxes(1, 2), axes).swapaxes(1, 2)
+
+    return _by_layout(w.dtype, combine_laid_out, lambda v, w: _dot(v, w, axes))(v, w)
 
 
 def _dot(x: jax.Array, w: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
