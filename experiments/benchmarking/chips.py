@@ -77,7 +77,9 @@ def make_mesh_of(name: str, topology: str = "1x1") -> Mesh:
     else:
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nobody to ask where there is no TPU
         jax.config.update("jax_platforms", "cpu")  # and no driver for a GPU either
-        chips = topologies.get_topology_desc(f"{name}:{topology}", "tpu")
+        # JAX 0.10 takes a host of four chips for granted.
+        hosts = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}
+        chips = topologies.get_topology_desc(f"{name}:{topology}", "tpu", **hosts)
     return Mesh(np.array(chips.devices), (AXIS,))
 
 
