@@ -110,7 +110,11 @@ def metrics(epochs, **columns):
 
 def rows_of_a_run(*names, splits=("train", "validation", "test"), epochs=3):
     """Makes the rows that a run writes, in its order of columns, as numbers."""
-    columns = {f"{split}_{name}": lambda e: 2 / e for split in splits for name in names}
+    columns = {  # a term of the loss is half of it
+        f"{split}_{name}": lambda e, name=name: (2 if name in ("error", "loss") else 1) / e
+        for split in splits
+        for name in names
+    }
     before = {"step": lambda e: 600 * e, "learning_rate": lambda e: 0.9**e}
     after = {"seconds": lambda e: 3.5, "images_per_second": lambda e: 171.0}
     return metrics(epochs, **before, **columns, **after)
@@ -136,6 +140,18 @@ def test_a_network_without_a_decoder_has_no_panel_of_reconstructions(empty):
     rows = rows_of_a_run("loss", "margin", "error")
     rows = [row | extra for row, extra in zip(rows, metrics(3, **empty), strict=True)]
     assert titles(viz.curves(rows)) == ["error (% of images)", "total loss", "margin loss"]
+
+
+@pytest.mark.parametrize("read", [lambda rows: rows, as_read_from_csv], ids=["numbers", "text"])
+def test_a_loss_of_a_single_term_is_drawn_once(read):
+    rows = [
+        row | {f"{split}_cross_entropy": row[f"{split}_loss"] for split in ("train", "test")}
+        for row in rows_of_a_run("loss", "error", splits=("train", "test"))
+    ]
+    assert titles(viz.curves(read(rows))) == ["error (% of images)", "cross entropy loss"]
+    rows[-1]["test_loss"] = 5.0
+    expected = ["error (% of images)", "total loss", "cross entropy loss"]
+    assert titles(viz.curves(read(rows))) == expected
 
 
 def test_the_losses_of_another_task_have_panels_of_their_own_in_the_order_of_the_columns():

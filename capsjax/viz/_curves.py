@@ -25,8 +25,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     There is a panel for every name that has a finite value in a column `{split}_{name}`, where
     the split is train, validation or test. The panel of `error`, in percent, comes first, then
-    that of `loss`, the total; every other name is that of a term of the loss. Other columns are
-    ignored.
+    that of `loss`, the total, unless one term is all of it; every other name is that of a term of
+    the loss. Other columns are ignored.
 
     Args:
       rows: one mapping per epoch, with `epoch` and the columns; numbers, or text as read from a
@@ -47,6 +47,9 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if not rows:
         raise ValueError("curves: expected a row for at least one epoch, got none")
     panels = {name: drawn for name in _find_names(rows) if (drawn := _read_splits(rows, name))}
+    terms = [values for name, values in panels.items() if name not in _TITLES]
+    if any(_are_equal(values, panels.get("loss", {})) for values in terms):
+        del panels["loss"]
     if not panels:
         return draw_sentence("No error or loss has a finite value")
     epochs = _read_column(rows, "epoch")
@@ -77,6 +80,13 @@ def _read_column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """Reads a column as numbers, NaN where there is none."""
     values = (row.get(key) for row in rows)
     return np.array([np.nan if value in (None, "") else float(value) for value in values])
+
+
+def _are_equal(values: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether both have the same splits and the same numbers."""
+    return values.keys() == others.keys() and all(
+        np.array_equal(column, others[split], equal_nan=True) for split, column in values.items()
+    )
 
 
 def _draw_panel(
