@@ -135,7 +135,8 @@ def _by_layout(dtype: jnp.dtype, laid_out: Callable, default: Callable) -> Calla
 def _lay_out(matrices: jax.Array) -> jax.Array:
     """Has a GPU write the matrices [j, d, k, i] to memory once, k innermost as in u.
 
-    So they suit all products. Otherwise XLA would transpose them for almost every one.
+    So they suit all products, which then name i before k. Otherwise XLA would transpose them, or
+    what a product returns, for almost every one.
     """
     j, d, k, i = matrices.shape
     rows = matrices.swapaxes(2, 3).reshape(j * d, i * k)
