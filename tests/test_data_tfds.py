@@ -330,8 +330,8 @@ def test_the_checksum_of_a_record_is_crc32c():
 
 
 @pytest.mark.slow
-def test_every_source_gives_the_same_mnist(tmp_path):
-    arrays = digits(60000, 10000)
+def test_every_source_gives_the_same_digits(tmp_path):
+    arrays = digits(3700, 1300)  # more than are decoded at a time
     prepared = prepare(tmp_path / "tfds", arrays, tmp_path / "served")
     folder = prepared / "mnist" / "3.0.1"
     assert_same_digits(data.load("mnist", prepared), arrays)
