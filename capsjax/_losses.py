@@ -121,7 +121,8 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
         raise ValueError("cross_entropy: expected logits [..., j], got a scalar")
     present = to_targets(labels, logits.shape)
     count = jnp.sum(present, -1)
-    surprise = -jnp.sum(present * jax.nn.log_softmax(logits), -1)
+    # Not 0 · log 0: a class whose logit is −∞ costs nothing unless it is present.
+    surprise = -jnp.sum(jnp.where(present > 0, present * jax.nn.log_softmax(logits), 0), -1)
     return surprise / jnp.where(count > 0, count, 1)
 
 

@@ -150,7 +150,7 @@ def _check_torch_has(model: CapsNet) -> None:
     config = model.config
     # Whatever the number of iterations: weights do not say it.
     plain = {"grouping": "flat", "primary_coupling": 1.0}
-    routing = {"bias": False, "stop_gradient": True}
+    routing = {"bias": False, "leak": False, "stop_gradient": True}
     for holder, expected in ((config, plain), (config.routing, routing)):
         for name, value in expected.items():
             if (got := getattr(holder, name, None)) != value:

@@ -67,7 +67,8 @@ def squash(s: ArrayLike, axis: int = -1) -> jax.Array:
       axis: the axis of a vector's components.
 
     Returns:
-      v, of the shape and dtype of `s`; zero where `s` is, with gradient 0 there.
+      v, of the shape and dtype of `s`; zero where `s` is, with gradient 0 there. In 16 bits its
+      length may be rounded to 1.
 
     Raises:
       ValueError: if `s` has no such axis.
@@ -111,7 +112,8 @@ def squash_exp(s: ArrayLike, axis: int = -1) -> jax.Array:
       axis: the axis of a vector's components.
 
     Returns:
-      v, of the shape and dtype of `s`; zero where `s` is.
+      v, of the shape and dtype of `s`; zero where `s` is. In 16 bits its length may be rounded to
+      1.
 
     Raises:
       ValueError: if `s` has no such axis.

@@ -53,7 +53,7 @@ def extract_windows(u: ArrayLike, size: int, strides: int = 1) -> jax.Array:
 
 
 def logsumexp_over_windows(logs: ArrayLike, size: int, strides: int = 1) -> jax.Array:
-    """Adds up, for each capsule, what the windows that hold it say, as logarithms.
+    """Adds up, for each capsule, the numbers that its windows hold for it, given as logarithms.
 
     result[..., y', x', i] = log Σ e^logs over all windows, and their i, of the same capsule
 
@@ -65,7 +65,7 @@ def logsumexp_over_windows(logs: ArrayLike, size: int, strides: int = 1) -> jax.
       strides: s, the step between neighbouring windows.
 
     Returns:
-      Of the shape of `logs`, in float32: the sum is told to every window that has a part in it.
+      Of the shape of `logs`, in float32: each sum stands in every window that holds the capsule.
 
     Raises:
       ValueError: if the capsules of a window do not fill n × n positions, or a size is below 1.

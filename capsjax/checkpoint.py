@@ -92,6 +92,8 @@ class Checkpoints:
             "error": error,
             "notes": notes,
         }
+        # The checksum is that of what is read back: JSON turns keys into strings.
+        about = json.loads(json.dumps(about))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave({"content": content}),
             about=ocp.args.JsonSave({**about, "about_crc32": _digest(about)}),
@@ -127,7 +129,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are checkpoints and all are damaged.
         """
-        kept = [int(path.name) for path in self._replaced.glob("*")]
+        kept = [int(path.name) for path in self._replaced.glob("*") if path.name.isdigit()]
         steps = sorted({*self._manager.all_steps(), *kept}, reverse=True)
         for tried, step in enumerate(steps):
             try:

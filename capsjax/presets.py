@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from numbers import Real
+from typing import Any, get_args
 
 import optax
 
@@ -18,12 +20,12 @@ from capsjax.networks import (
 from capsjax.networks.cnn import MNIST_BASELINE
 
 # What each number must be; a comparison with nan never holds.
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "epochs": (lambda value: value >= 1, "1 or more"),
-    "batch_size": (lambda value: value >= 1, "1 or more"),
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
+    "batch_size": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
     "lr": (lambda value: 0 < value < math.inf, "a number above 0"),
     "lr_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "margin_steps": (lambda value: value >= 1, "1 or more"),
+    "margin_steps": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
     "lam_recon": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
     "shift_pixels": (lambda value: 0 <= value < math.inf, "0 or more"),
     "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
@@ -33,6 +35,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "average": (lambda value: 0 < value < 1, "between 0 and 1"),
     "target": (lambda value: 0 < value <= 100, "above 0 and at most 100"),
 }
+_MAY_BE_NONE = ("lr_decay", "lam_recon", "average", "target")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Training:
     lr: float = 1e-3
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
-    """Factor on the rate per epoch. None: 0.96^150 in all (paper, cnn-paper), or a cosine to 0."""
+    """Factor on the rate per epoch. None: a cosine to 0 (paper, cnn-paper: 0.96^150 in all)."""
     loss: Loss = "margin"
     """Loss of the class scores."""
     margin_steps: int = 10_000
@@ -71,7 +74,9 @@ class Training:
     def __post_init__(self) -> None:
         for name, (holds, expected) in _RANGES.items():
             value = getattr(self, name)
-            check(value is None or holds(value), name, expected, value)
+            none = value is None and name in _MAY_BE_NONE
+            check(none or (isinstance(value, Real) and holds(value)), name, expected, value)
+        check(self.loss in get_args(Loss), "loss", f"one of {', '.join(get_args(Loss))}", self.loss)
 
 
 def check(holds: bool, name: str, expected: str, got: object) -> None:
@@ -97,7 +102,7 @@ class Preset:
     network: NetworkConfig
     training: Training
     recon_per_pixel: float = 0.0005
-    lr_total_decay: float | None = 1.0
+    lr_total_decay: float | None = None
     lr_staircase: bool = True
     lr_floor: float = 0.0
 
@@ -163,7 +168,6 @@ BEST = Preset(
         elastic=1,
         average=0.999,
     ),
-    lr_total_decay=None,
 )
 
 # The authors train 150 epochs in batches of 16, with Adam at 5e-4 · 0.97^epoch and no average, and
@@ -171,7 +175,6 @@ BEST = Preset(
 EFFICIENT = Preset(
     network=EfficientCapsNetConfig(),
     training=dataclasses.replace(BEST.training, batch_size=64),
-    lr_total_decay=None,
 )
 
 # The authors route three times, with Adam at 0.01 or, as they say elsewhere, 3e-3, times 0.96 every
@@ -182,7 +185,6 @@ MATRIX = Preset(
     training=Training(
         epochs=30, batch_size=64, lr=0.01, lr_decay=None, loss="spread", average=0.999
     ),
-    lr_total_decay=None,
 )
 
 # Without capsules: a small network, trained as `best` trains CapsNet, and the paper's baseline,

@@ -1,6 +1,7 @@
 """Tasks: how a batch is made from the data set, what it costs, and when an answer is right."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
@@ -79,7 +80,7 @@ class Classification:
       margin_steps: the steps over which the spread loss's margin rises linearly from 0.2 to 0.9.
 
     Raises:
-      ValueError: if there is no such loss, or `margin_steps` is less than 1.
+      ValueError: if there is no such loss, or a number is out of range.
 
     References:
       Sabour, Frosst, Hinton, 2017, arXiv:1710.09829, §3 to §5. Hinton, Sabour, Frosst, "Matrix
@@ -100,6 +101,9 @@ class Classification:
             raise ValueError(f"Classification: loss is one of {get_args(Loss)}, got {self.loss!r}")
         if self.margin_steps < 1:
             raise ValueError(f"Classification: margin_steps is 1 or more, got {self.margin_steps}")
+        for name in ("lam_recon", "shift_pixels", "rotation", "shear", "zoom", "elastic"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"Classification: {name} is a number of 0 or more, got {value}")
 
     def train_batch(
         self, key: jax.Array, images: Images, labels: jax.Array, indices: ArrayLike

@@ -91,7 +91,8 @@ def create(
       The graph definition, for a `Setup`, and the `TrainState` of step 0.
 
     Raises:
-      ValueError: if the network holds other variables than parameters and batch statistics.
+      ValueError: if the network holds other variables than parameters and batch statistics, or the
+        task's losses are not [B] each, one of them "loss".
 
     Example:
       >>> import optax
@@ -127,7 +128,13 @@ def loss_names(model: Network, task: Task, example: Batch | None = None) -> tupl
         output = task.forward(nnx.merge(graphdef, variables), batch, batch.labels)
         return task.losses(output, batch, jnp.zeros((), jnp.int32))
 
-    return tuple(jax.eval_shape(losses, variables, example))
+    shapes = {name: loss.shape for name, loss in jax.eval_shape(losses, variables, example).items()}
+    if "loss" not in shapes or {*shapes.values()} != {example.images.shape[:1]}:
+        raise ValueError(
+            f"{type(task).__name__}.losses: expected one number for each example, [B], under each "
+            f'name, and the total under "loss"; got for {example.images.shape[0]}: {shapes}'
+        )
+    return tuple(shapes)
 
 
 def zero_sums(names: tuple[str, ...]) -> Sums:
@@ -167,10 +174,15 @@ def train_step(
     Returns:
       The next state and the `Diagnostics` of this step.
 
+    Raises:
+      ValueError: if only one of `setup` and `state` was made with an average.
+
     References:
       XifengGuo/CapsNet-Pytorch; Sarasra/models, research/capsules; the average's decay:
       tf.train.ExponentialMovingAverage.
     """
+    if (setup.average is None) != (not state.average):
+        raise ValueError("train_step: give `create` and `Setup` the same average")
     batch = setup.task.train_batch(jax.random.fold_in(key, state.step), images, labels, indices)
 
     def mean_loss(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:

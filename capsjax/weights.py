@@ -53,6 +53,8 @@ def save(
 
     Raises:
       OSError: if the file cannot be written.
+      TypeError: if JSON cannot hold the notes or the network's config.
+      ValueError: if `dtype` is another one.
       WeightsError: if a number is beyond the range of `dtype`.
 
     Example:
@@ -69,6 +71,8 @@ def save(
     References:
       https://github.com/huggingface/safetensors
     """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"save: dtype is float32 or float16, got {dtype!r}")
     arrays = {name: _to(dtype, name, array) for name, array in arrays_of(model).items()}
     about = {
         "version": _VERSION,
@@ -77,6 +81,8 @@ def save(
         "num_classes": model.num_classes,
         "notes": dict(notes or {}),
     }
+    # The checksum is that of what is read back: JSON turns keys into strings, tuples into lists.
+    about = json.loads(json.dumps(about))
     # A single entry, because the order of several differs from file to file.
     metadata = {"capsjax": json.dumps({**about, "crc32": _digest(arrays, about)})}
     with write_atomically(Path(path)) as part:
@@ -139,7 +145,7 @@ def describe(path: str | Path) -> Description | None:
       path: of the file.
 
     Returns:
-      The `Description`; None for any other file.
+      The `Description`; None for any other file, or if `capsjax.NETWORKS` lacks the network.
 
     Example:
       >>> import tempfile

@@ -261,12 +261,17 @@ def test_the_decoder_draws_capsules_as_the_network_does(net, rng):
         ({"routings": True}, "int of 1 or more, got True"),
         ({"routing": 0}, "int of 1 or more, got 0"),
         ({"init": "zeros"}, "one of .*uniform.*truncated_normal.*got 'zeros'"),
-        ({"hidden": (512, 0)}, r"sizes are 1 or more, got \(.*512, 0\)"),
+        ({"grouping": "rows"}, "grouping is one of .*channels.*flat.*got 'rows'"),
+        ({"primary_coupling": math.nan}, "primary_coupling is a number above 0, got nan"),
+        ({"hidden": (512, 0)}, r"sizes are integers of 1 or more, got hidden = \(512, 0\)"),
         *[
-            ({name: 0}, "sizes are 1 or more, got")
+            ({name: 0}, f"sizes are integers of 1 or more, got {name} = 0")
             for name in ("channels", "kernel_size", "types", "dim_primary", "dim_class")
         ],
-        ({"types": -1}, "sizes are 1 or more, got"),
+        ({"types": -1}, "got types = -1"),
+        ({"channels": 16.5}, r"CapsNet: sizes are integers of 1 or more, got channels = 16\.5"),
+        ({"hidden": 512}, "got hidden = 512"),
+        ({"image_shape": (28, 28)}, r"expected image_shape \(H, W, C\), got \(28, 28\)"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_an_error_in_words(options, message):

@@ -43,6 +43,14 @@ def test_a_whole_state_is_read_back_bit_for_bit_on_any_number_of_devices(tmp_pat
     chex.assert_trees_all_equal(*map(jax.device_get, (restored, state)))
 
 
+def test_notes_are_read_back_as_json_has_them_and_a_stray_file_is_no_checkpoint(tmp_path):
+    (tmp_path / ".replaced").mkdir()
+    (tmp_path / ".replaced" / ".nfs0001").touch()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1), {"errors": {9: 0.1, 10: 0.2}})
+        assert read_last(checkpoints).notes == {"errors": {"9": 0.1, "10": 0.2}}
+
+
 def test_statistics_and_average_are_read_back_into_their_places(tmp_path):
     save_all(tmp_path, (2, None))
     with Checkpoints(tmp_path) as checkpoints:

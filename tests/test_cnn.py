@@ -115,8 +115,8 @@ def test_a_file_of_weights_keeps_the_seed_of_the_dropout_to_the_bit(tmp_path, dt
     ("sizes", "message"),
     [
         ({"kernel_sizes": (3,)}, "one for each convolution"),
-        ({"channels": (0, 4)}, "sizes are 1 or more"),
-        ({"pool": 0}, "sizes are 1 or more"),
+        ({"channels": (2.5, 4)}, r"sizes are integers of 1 or more, got channels = \(2\.5, 4\)"),
+        ({"pool": 0}, "sizes are integers of 1 or more, got pool = 0"),
         ({"dropout": 1.0}, "dropout is at least 0 and below 1, got 1.0"),
         (
             {"image_shape": (3, 7, 2)},

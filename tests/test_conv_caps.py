@@ -34,6 +34,11 @@ def test_a_layer_is_a_capsule_layer_at_every_position(rng, routing):
         np.testing.assert_allclose(v[:, y, x], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_windows_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="ConvCaps: windows of 0 × 0"):
+        capsjax.nn.ConvCaps(2, 4, 3, 4, kernel_size=0, rngs=nnx.Rngs(0))
+
+
 def test_a_shift_of_the_input_by_a_stride_shifts_the_output(rng):
     layer = ConvCaps(2, 3, 4, 5, strides=2, rngs=nnx.Rngs(0))
     u = jnp.asarray(rng.normal(size=(9, 5, 2, 3)), jnp.float32)

@@ -274,3 +274,9 @@ def test_scores_that_are_no_lengths_are_those_of_the_network():
 def test_a_diagnosis_of_no_images_or_other_labels_is_refused(images, labels):
     with pytest.raises(ValueError, match=r"diagnose: expected images \[N, H, W, C\] and labels"):
         diagnostics.diagnose(make_capsnet(), np.zeros(images), np.zeros(labels, int))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_pieces_of_no_images_are_refused(size):
+    with pytest.raises(ValueError, match=f"batch_size is 1 or more, got {size}"):
+        diagnostics.diagnose(make_capsnet(), *make_images(), batch_size=size)

@@ -132,7 +132,8 @@ def test_its_routing_may_be_any():
     ("sizes", "message"),
     [
         ({"strides": (1,)}, "one for each convolution"),
-        ({"channels": (0, 4)}, "sizes are 1 or more"),
+        ({"channels": (0, 4)}, r"sizes are integers of 1 or more, got channels = \(0, 4\)"),
+        ({"momentum": 5.0}, "momentum is at least 0 and below 1, got 5.0"),
         ({"dim_primary": 3}, "capsules of 3 numbers do not divide 4 channels"),
         ({"image_shape": (3, 7, 2)}, "images of 3×7×2 in 3 classes, which the convolutions"),
     ],

@@ -144,6 +144,9 @@ def test_primary_capsules_are_linear_in_the_channels(rng):
     np.testing.assert_allclose(poses, flat.reshape(2, 3, 4, N, D), rtol=1e-4, atol=1e-5)
     logits = float64(x) @ float64(layer.activations[...])
     np.testing.assert_allclose(activations, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-6)
+    pixels = jnp.asarray(10 * x, jnp.int32)
+    for of_integers, of_floats in zip(layer(pixels), layer(jnp.float32(pixels)), strict=True):
+        np.testing.assert_array_equal(of_integers, of_floats)
 
 
 def test_layers_keep_bfloat16_poses_and_float32_activations(rng):
@@ -200,7 +203,11 @@ def test_capsules_that_do_not_fit_are_refused_in_words(kind, shapes):
 def test_settings_without_sense_are_refused_in_words():
     with pytest.raises(ValueError, match="EMCaps: side is 2 or more, for two coordinates, got 1"):
         EMCaps(N, J, side=1, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="EM: inverse_temperature is a number above 0, got nan"):
+    with pytest.raises(
+        ValueError, match="inverse_temperature is a number above 0 and finite, got nan"
+    ):
         EM(inverse_temperature=float("nan"))
+    with pytest.raises(ValueError, match="inverse_temperature is a number above 0 and finite"):
+        EM(inverse_temperature=float("inf"))
     with pytest.raises(ValueError, match="EM: iterations is an int of 1 or more, got 0"):
         EM(0)

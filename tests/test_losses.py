@@ -94,6 +94,13 @@ def test_cross_entropy_and_its_gradient_are_finite_at_extreme_logits():
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
+def test_a_class_that_is_masked_out_costs_nothing_unless_it_is_present():
+    value, gradient = jax.value_and_grad(capsjax.cross_entropy)(jnp.array([0.0, 1.0, -jnp.inf]), 0)
+    np.testing.assert_allclose(value, np.log1p(np.e), rtol=1e-6)
+    share = np.e / (1 + np.e)
+    np.testing.assert_allclose(gradient, [-share, share, 0], rtol=1e-6)
+
+
 def test_an_example_of_no_class_costs_no_cross_entropy_and_has_no_gradient():
     loss, gradient = jax.value_and_grad(capsjax.cross_entropy)(jnp.arange(4.0), np.zeros(4, int))
     assert loss == 0

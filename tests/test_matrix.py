@@ -59,8 +59,12 @@ def test_the_preset_has_two_iterations_of_em_and_the_spread_loss():
     [
         ((16, 28, 1), {}, "need images of at least 17×17 pixels"),
         ((28, 28, 1), {"strides": (2, 1)}, "kernel_sizes and strides are one for the convolution"),
-        ((28, 28, 1), {"side": 1}, "the sides of a matrix 2 or more"),
-        ((28, 28, 1), {"types": (8, 0, 16)}, "sizes are 1 or more"),
+        ((28, 28, 1), {"side": 1}, "the side of a matrix is 2 or more, got 1"),
+        (
+            (28, 28, 1),
+            {"types": (8, 0, 16)},
+            r"integers of 1 or more, got types = \(8, 0, 16\)",
+        ),
         (
             (28, 28, 1),
             {"routing": capsjax.Uniform()},

@@ -131,6 +131,8 @@ def test_dense_is_a_product_and_a_sum(rng):
     x = draw(rng, 2, 3, 6)
     expected = np.asarray(x) @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
     np.testing.assert_allclose(apply(layer, x), expected, rtol=1e-5, atol=1e-6)
+    integers = np.round(10 * x).astype(int)
+    np.testing.assert_array_equal(apply(layer, integers), apply(layer, jnp.float32(integers)))
 
 
 def test_dropout_sets_its_share_to_zero_and_keeps_the_mean(dtype):

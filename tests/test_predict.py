@@ -34,6 +34,13 @@ def test_predict_takes_pixels_from_0_to_255_and_from_0_to_1(rng):
     chex.assert_trees_all_close(capsjax.predict(net, images), as_floats, rtol=1e-5)
 
 
+def test_predict_takes_black_and_white_images(rng):
+    net = tiny.make_capsnet()
+    images = rng.random((3, *tiny.IMAGE)) < 0.5
+    white, grey = (capsjax.predict(net, x).scores for x in (images, images.astype(np.float32)))
+    np.testing.assert_array_equal(white, grey)
+
+
 def test_predict_takes_one_image_or_many_with_or_without_the_channel(rng):
     model = tiny.make_capsnet()
     images = rng.integers(256, size=(2, *tiny.IMAGE)).astype(np.uint8)

@@ -241,17 +241,19 @@ def test_what_is_given_is_not_completed():
     training = Training(lam_recon=0.0, lr_decay=1.0, average=None)
     for preset in PRESETS.values():
         assert preset.complete(training, MNIST) == training
-    # A preset without a decay over the whole run does not decay.
-    assert SEED.complete(Training(lr_decay=None), MNIST).lr_decay == 1.0
+    assert SEED.complete(Training(lr_decay=None), MNIST).lr_decay is None  # a cosine
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs must be 1 or more, got 0"),
-        ({"batch_size": 0}, "--batch-size must be 1 or more, got 0"),
-        ({"batch_size": -8}, "--batch-size must be 1 or more, got -8"),
-        ({"margin_steps": 0}, "--margin-steps must be 1 or more, got 0"),
+        ({"epochs": 0}, "--epochs must be an integer of 1 or more, got 0"),
+        ({"batch_size": 0}, "--batch-size must be an integer of 1 or more, got 0"),
+        ({"batch_size": -8}, "--batch-size must be an integer of 1 or more, got -8"),
+        ({"margin_steps": 0}, "--margin-steps must be an integer of 1 or more, got 0"),
+        ({"batch_size": 1.5}, "--batch-size must be an integer of 1 or more, got 1.5"),
+        ({"epochs": None}, "--epochs must be an integer of 1 or more, got None"),
+        ({"loss": "hinge"}, "--loss must be one of margin, spread, cross_entropy, got hinge"),
         ({"shift_pixels": -1}, "--shift-pixels must be 0 or more, got -1"),
         *[
             ({"lr": lr}, f"--lr must be a number above 0, got {lr}")

@@ -206,6 +206,12 @@ def test_self_attention_never_makes_the_votes():
     assert 0 < memory.temp_size_in_bytes < 4 * batch * classes * inputs * d / 2
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
+def test_a_seed_that_is_no_key_of_its_own_is_refused(seed):
+    with pytest.raises(ValueError, match=r"Random: seed is an int from 0 to 2\^32 - 1, got"):
+        capsjax.Random(seed)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
     ("name", "u_hat", "bias", "message"),

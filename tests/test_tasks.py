@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import chex
 import jax
@@ -118,11 +119,13 @@ def test_the_margin_of_the_spread_loss_rises_linearly_and_compiles_once(rng):
     [
         ({"loss": "hinge"}, "loss is one of .*'spread', 'cross_entropy'.*, got 'hinge'"),
         ({"margin_steps": 0}, "margin_steps is 1 or more, got 0"),
+        ({"lam_recon": math.nan}, "lam_recon is a number of 0 or more, got nan"),
+        ({"rotation": -1}, "rotation is a number of 0 or more, got -1"),
     ],
 )
 def test_a_classification_refuses_what_makes_no_loss(changes, message):
     with pytest.raises(ValueError, match=message):
-        Classification(0.5, **changes)
+        Classification(**{"lam_recon": 0.5, **changes})
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,22 @@ def test_the_names_of_the_losses_follow_from_the_network(model, names):
     assert train.loss_names(model, tiny.TASK) == names
     _, state = train.create(model, tiny.OPTIMIZER, tiny.TASK)
     assert tuple(state.sums.losses) == names
+
+
+class MeanLoss(Classification):
+    def losses(self, output, batch, step):
+        return jax.tree.map(jnp.mean, super().losses(output, batch, step))
+
+
+class NoTotal(Classification):
+    def losses(self, output, batch, step):
+        return {"margin": super().losses(output, batch, step)["margin"]}
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, NoTotal])
+def test_losses_that_are_not_one_number_an_example_or_lack_a_total_are_refused(kind):
+    with pytest.raises(ValueError, match=rf'{kind.__name__}\.losses: .*the total under "loss"'):
+        train.create(tiny.make_capsnet(), tiny.OPTIMIZER, kind(0.5))
 
 
 def is_right(scores, present) -> bool:

@@ -212,6 +212,7 @@ PLAIN = {"kernel_size": 3, "channels": 4, "types": 2, "dim_primary": 4, "hidden"
     [
         ({"grouping": "channels"}, "only grouping='flat', this network has 'channels'"),
         ({"routing": Agreement(bias=True)}, "only bias=False, this network has True"),
+        ({"routing": Agreement(leak=True)}, "only leak=False, this network has True"),
         ({"primary_coupling": 0.5}, "only primary_coupling=1.0, this network has 0.5"),
         ({"routing": Agreement(stop_gradient=False)}, "only stop_gradient=True"),
         ({"hidden": (5,)}, r"a decoder of 2 hidden layers, got \[5\]"),

@@ -286,6 +286,16 @@ def test_a_variable_that_is_neither_parameter_nor_statistic_is_refused_by_its_na
         train.create(model, tiny.OPTIMIZER, tiny.TASK)
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_an_average_of_the_state_alone_or_of_the_setup_alone_is_refused(decay):
+    _, state = train.create(
+        tiny.make_capsnet(), tiny.OPTIMIZER, tiny.TASK, average=None if decay else 0.9
+    )
+    setup = dataclasses.replace(tiny.SETUP, average=decay)
+    with pytest.raises(ValueError, match="give `create` and `Setup` the same average"):
+        jax.eval_shape(partial(train_step, setup), state, KEY, IMAGES, LABELS, BATCHES[0])
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_a_step_gathers_its_images_once_and_a_gpus_gradients_keep_their_layout(platform):
     state = first_state()

@@ -127,6 +127,35 @@ def rewrite(path, **changes) -> None:
     save_file(arrays, path, {"capsjax": entry})
 
 
+def test_notes_are_read_back_as_json_has_them(tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights.save(make_network(), path, {"error by epoch": {9: 0.1, 10: 0.2}, "shape": (3, 4)})
+    assert_same_network(weights.load(path), make_network())
+    notes = {"error by epoch": {"9": 0.1, "10": 0.2}, "shape": [3, 4]}
+    about: Any = weights.describe(path)
+    assert about.notes == notes
+
+
+def test_sizes_of_numpy_are_saved_as_integers(tmp_path):
+    model = make_network(types=np.int64(2), hidden=np.array([6, 5]))
+    weights.save(model, tmp_path / "net.safetensors")
+    about: Any = weights.describe(tmp_path / "net.safetensors")
+    assert about.config == make_network().config
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "bogus"])
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype is float32 or float16, got '{dtype}'"):
+        weights.save(make_network(), tmp_path / "net.safetensors", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_ensemble_is_no_network_of_one_file(tmp_path):
+    ensemble = capsjax.networks.Ensemble([make_network()])
+    with pytest.raises(TypeError, match="the members are saved one by one"):
+        weights.save(ensemble, tmp_path / "net.safetensors")
+
+
 def test_a_file_of_a_later_version_says_that_capsjax_is_to_be_updated(tmp_path):
     path = tmp_path / "net.safetensors"
     weights.save(make_network(), path)
@@ -220,7 +249,7 @@ def test_a_config_out_of_range_is_an_error_in_words(tmp_path):
     path = tmp_path / "net.safetensors"
     weights.save(make_network(), path)
     rewrite(path, network={**read_entry(path)["network"], "types": 0})
-    with pytest.raises(WeightsError, match="sizes are 1 or more"):
+    with pytest.raises(WeightsError, match="sizes are integers of 1 or more, got types = 0"):
         weights.load(path)
     weights.save(make_network(), path)
     rewrite(path, image_shape=[4, 4, 3])

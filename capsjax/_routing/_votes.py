@@ -1,6 +1,7 @@
 """The votes û (eq. 2), what a routing asks of them, and the checks that routings share."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -174,7 +175,7 @@ def check_iterations(function: str, iterations: int, name: str = "routings") -> 
 
 
 def check_positive(function: str, **numbers: float) -> None:
-    """Raises ValueError unless all numbers are above 0."""
+    """Raises ValueError unless all numbers are above 0 and finite."""
     for name, number in numbers.items():
-        if not number > 0:
-            raise ValueError(f"{function}: {name} is a number above 0, got {number}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{function}: {name} is a number above 0 and finite, got {number}")

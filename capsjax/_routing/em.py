@@ -27,9 +27,7 @@ class EMState(NamedTuple):
     poses: jax.Array  # μ [..., j, d]
     activations: jax.Array  # a [..., j]: from 0 to 1
     variances: jax.Array  # σ² [..., j, d]
-    responsibilities: (
-        jax.Array
-    )  # R [..., j, i]: with which they were fitted; Σ R = 1 over all that compete
+    responsibilities: jax.Array  # R [..., j, i] of the fit; Σ R = 1 over all that compete
 
 
 def em_routing(
@@ -79,7 +77,7 @@ def em_routing(
 
     Raises:
       ValueError: if a shape does not fit, `routings` is not an int of 1 or more, or `min_variance`
-        is not above 0.
+        or `mass` is not above 0.
 
     Example:
       >>> import jax.numpy as jnp, capsjax
@@ -97,10 +95,16 @@ def em_routing(
     votes = as_votes("em_routing", votes)
     check_iterations("em_routing", routings)
     check_positive("em_routing", min_variance=min_variance)
+    if jnp.ndim(inverse_temperature):
+        raise ValueError(
+            "em_routing: inverse_temperature is a scalar, got an array of shape "
+            f"{list(jnp.shape(inverse_temperature))}"
+        )
     *lead, j, i, _ = votes.shape
     a = to_tiles(as_activations("em_routing", activations, votes), 1)  # [i, b]
     beta_u, beta_a = _as_beta("beta_u", beta_u, j), _as_beta("beta_a", beta_a, j)  # [j, 1]
     mass = 100 * j / max(i, 1) if mass is None else mass
+    check_positive("em_routing", mass=mass)
     competition = Competition(lead, over_windows)
 
     def fit(votes: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

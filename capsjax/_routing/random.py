@@ -56,7 +56,10 @@ class Random:
     """Random routing as a value that a capsule layer takes.
 
     Args:
-      seed: of the couplings, which training does not change.
+      seed: of the couplings, which training does not change; an int from 0 to 2^32 − 1.
+
+    Raises:
+      ValueError: if `seed` is out of range.
 
     Example:
       >>> from flax import nnx
@@ -71,6 +74,10 @@ class Random:
 
     name: ClassVar[str] = "random"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:  # as many as keys
+            raise ValueError(f"Random: seed is an int from 0 to 2^32 - 1, got {self.seed!r}")
 
     def initial_bias(self, j: int, i: int, d: int) -> None:
         """Returns None: there is no bias."""

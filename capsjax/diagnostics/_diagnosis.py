@@ -52,7 +52,7 @@ class Diagnosis(NamedTuple):
     Attributes:
       images: their number.
       scores: after each iteration of the last capsule layer's routing; after the last one only,
-        unless the scores are the lengths of that layer's outputs. Empty without capsules.
+        unless the scores are the lengths or activations of its outputs. Empty without capsules.
       couplings: of the last capsule layer, in each iteration; empty if its routing does not tell
         them or there is a single output capsule.
       layers: by name, in order: "primary", the inputs of the first capsule layer, then the outputs
@@ -84,7 +84,7 @@ def diagnose(
       `Diagnosis`, which `capsjax.viz.capsules` draws.
 
     Raises:
-      ValueError: if a shape does not fit, or there is no image.
+      ValueError: if a shape does not fit, there is no image, or `batch_size` is less than 1.
 
     Example:
       >>> from flax import nnx
@@ -106,6 +106,8 @@ def diagnose(
             "diagnose: expected images [N, H, W, C] and labels [N] or [N, j], N ≥ 1, got "
             f"{list(images.shape)} and {list(labels.shape)}"
         )
+    if batch_size < 1:
+        raise ValueError(f"diagnose: batch_size is 1 or more, got {batch_size}")
     whole = _observe_in_pieces(model, images, batch_size)
     scores = [_measure_scores(array, labels) for array in _find_scores(whole)]
     couplings = [_measure_couplings(array) for array in whole.couplings]

@@ -9,7 +9,13 @@ from capsjax.networks._network import NetworkConfig
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """Returns a config, or the routing in it, as its name and fields."""
+    """Returns a config, or the routing in it, as its name and fields.
+
+    Raises:
+      TypeError: if it is that of an ensemble.
+    """
+    if isinstance(config, tuple):
+        raise TypeError("an ensemble has no sizes of its own; the members are saved one by one")
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {"name": config.name, **{n: _to_json(value) for n, value in fields.items()}}
 

@@ -15,6 +15,9 @@ class Ensemble(Network):
 
     scores_j = mean_n scores_nj
 
+    Members should score alike. Beside a network whose scores are logits, which have no bound, one
+    whose scores are lengths, at most 1, hardly counts.
+
     Args:
       members: networks for the same images and classes; their sizes may differ.
 

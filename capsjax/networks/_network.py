@@ -56,10 +56,17 @@ class Network(nnx.Module):
       config: the sizes; static and hashable, so a part of the graph definition.
       image_shape: (H, W, C).
       num_classes: j.
+
+    Raises:
+      ValueError: if `image_shape` is another tuple.
     """
 
     def __init__(self, config: Any, image_shape: tuple[int, int, int], num_classes: int):
         self.config = config
+        if len(image_shape) != 3:
+            raise ValueError(
+                f"{type(self).__name__}: expected image_shape (H, W, C), got {tuple(image_shape)}"
+            )
         height, width, channels = image_shape
         self.image_shape = (height, width, channels)
         self.num_classes = num_classes

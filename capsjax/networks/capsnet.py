@@ -15,6 +15,7 @@ from capsjax._relu import relu
 from capsjax._routing import Agreement, Routing
 from capsjax._vectors import length
 from capsjax.networks._network import DrawingNetwork, Output
+from capsjax.networks._sizes import set_sizes
 from capsjax.nn import (
     Affine,
     Conv,
@@ -48,7 +49,7 @@ class CapsNetConfig:
         U(±1/√fan_in); "truncated_normal": as in the authors' released code.
 
     Raises:
-      ValueError: if a size is less than 1, or `init` is unknown.
+      ValueError: if a size is no integer of 1 or more, or another argument is out of range.
     """
 
     name: ClassVar[str] = "capsnet"
@@ -65,12 +66,14 @@ class CapsNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routing", as_routing(self.routing))
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, whatever it was
-        sizes = (self.channels, self.kernel_size, self.types, self.dim_primary, self.dim_class)
-        if min(*sizes, *self.hidden) < 1:
-            raise ValueError(f"CapsNet: sizes are 1 or more, got {(*sizes, *self.hidden)}")
-        if self.init not in get_args(Init):
-            raise ValueError(f"CapsNet: init is one of {get_args(Init)}, got {self.init!r}")
+        set_sizes(self, "channels", "kernel_size", "types", "dim_primary", "dim_class", "hidden")
+        for name, known in (("grouping", get_args(Grouping)), ("init", get_args(Init))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"CapsNet: {name} is one of {known}, got {value!r}")
+        if not 0 < self.primary_coupling < math.inf:
+            raise ValueError(
+                f"CapsNet: primary_coupling is a number above 0, got {self.primary_coupling}"
+            )
 
     def build(
         self, image_shape: tuple[int, int, int], num_classes: int, *, rngs: nnx.Rngs

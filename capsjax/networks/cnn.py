@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from capsjax._relu import relu
 from capsjax.networks._network import Network, Output
+from capsjax.networks._sizes import set_sizes
 from capsjax.nn import Conv, Dense, Dropout
 
 _HE, _ZEROS = initializers.he_normal(), initializers.zeros
@@ -31,7 +32,8 @@ class CNNConfig:
       dropout: the probability with which a number before the last layer is set to zero.
 
     Raises:
-      ValueError: if sizes are less than 1 or do not fit each other, or `dropout` is out of range.
+      ValueError: if a size is no integer of 1 or more, sizes do not fit each other, or `dropout` is
+        out of range.
     """
 
     name: ClassVar[str] = "cnn"
@@ -42,16 +44,12 @@ class CNNConfig:
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        for field in ("channels", "kernel_sizes", "hidden"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # hashable
+        set_sizes(self, "channels", "kernel_sizes", "pool", "hidden")
         if not len(self.channels) == len(self.kernel_sizes) >= 1:
             raise ValueError(
                 "CNN: channels and kernel_sizes are one for each convolution, got "
                 f"{self.channels} and {self.kernel_sizes}"
             )
-        sizes = (*self.channels, *self.kernel_sizes, self.pool, *self.hidden)
-        if min(sizes) < 1:
-            raise ValueError(f"CNN: sizes are 1 or more, got {sizes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"CNN: dropout is at least 0 and below 1, got {self.dropout}")
 

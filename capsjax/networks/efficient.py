@@ -15,6 +15,7 @@ from capsjax._relu import relu
 from capsjax._routing import Routing, SelfAttention
 from capsjax._vectors import length, squash_exp
 from capsjax.networks._network import DrawingNetwork, Output
+from capsjax.networks._sizes import set_sizes
 from capsjax.nn import Affine, Conv, Decoder, DenseCaps, as_routing
 
 _HE, _GLOROT = initializers.he_normal(), initializers.glorot_normal()
@@ -37,7 +38,8 @@ class EfficientCapsNetConfig:
       momentum: of the batch norms' running statistics.
 
     Raises:
-      ValueError: if sizes are less than 1 or do not fit each other.
+      ValueError: if a size is no integer of 1 or more, sizes do not fit each other, or `momentum`
+        is out of range.
     """
 
     name: ClassVar[str] = "efficient"
@@ -52,21 +54,20 @@ class EfficientCapsNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routing", as_routing(self.routing))
-        for field in ("channels", "kernel_sizes", "strides", "hidden"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # hashable
+        set_sizes(self, "channels", "kernel_sizes", "strides", "hidden", "dim_primary", "dim_class")
         if not len(self.channels) == len(self.kernel_sizes) == len(self.strides) >= 1:
             raise ValueError(
                 "EfficientCapsNet: channels, kernel_sizes and strides are one for each "
                 f"convolution, got {self.channels}, {self.kernel_sizes} and {self.strides}"
             )
-        capsules = (self.dim_primary, self.dim_class)
-        sizes = (*self.channels, *self.kernel_sizes, *self.strides, *capsules, *self.hidden)
-        if min(sizes) < 1:
-            raise ValueError(f"EfficientCapsNet: sizes are 1 or more, got {sizes}")
         if self.channels[-1] % self.dim_primary:
             raise ValueError(
                 f"EfficientCapsNet: primary capsules of {self.dim_primary} numbers do not divide "
                 f"{self.channels[-1]} channels"
+            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"EfficientCapsNet: momentum is at least 0 and below 1, got {self.momentum}"
             )
 
     def build(

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from capsjax._relu import relu
 from capsjax._routing import EM, Capsules
 from capsjax.networks._network import Network, Output
+from capsjax.networks._sizes import set_sizes
 from capsjax.nn import Conv, ConvEMCaps, EMCaps, PrimaryEMCaps, as_em
 
 
@@ -28,7 +29,8 @@ class MatrixCapsNetConfig:
       routing: how capsules become those of the next layer; an int means that many iterations of EM.
 
     Raises:
-      ValueError: if sizes are out of range or do not fit each other, or `routing` is not EM.
+      ValueError: if a size is no integer of 1 or more, sizes do not fit each other, or `routing` is
+        not EM.
     """
 
     name: ClassVar[str] = "matrix"
@@ -41,20 +43,15 @@ class MatrixCapsNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routing", as_em(self.routing))
-        for field in ("types", "kernel_sizes", "strides"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # hashable
+        set_sizes(self, "channels", "types", "kernel_sizes", "strides", "side")
         if not len(self.types) == len(self.kernel_sizes) == len(self.strides) >= 1:
             raise ValueError(
                 "MatrixCapsNet: kernel_sizes and strides are one for the convolution and one for "
                 f"each of types but the first, got {self.kernel_sizes}, {self.strides} and "
                 f"{self.types}"
             )
-        sizes = (self.channels, *self.types, *self.kernel_sizes, *self.strides)
-        if min(sizes) < 1 or self.side < 2:
-            raise ValueError(
-                "MatrixCapsNet: sizes are 1 or more, and the sides of a matrix 2 or more, got "
-                f"{sizes} and {self.side}"
-            )
+        if self.side < 2:
+            raise ValueError(f"MatrixCapsNet: the side of a matrix is 2 or more, got {self.side}")
 
     def build(
         self, image_shape: tuple[int, int, int], num_classes: int, *, rngs: nnx.Rngs

@@ -9,7 +9,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from capsjax._routing import Routing
-from capsjax._windows import extract_windows
+from capsjax._windows import count_windows, extract_windows
 from capsjax.nn._layers import Initializer, as_routing
 
 
@@ -31,6 +31,9 @@ class ConvCaps(nnx.Module):
         3 long. A factor below 2 would let lengths shrink to 0 from layer to layer; with 3 they
         settle at 0.87.
       rngs: its stream `params` draws the initial values.
+
+    Raises:
+      ValueError: if a size is below 1; when called, if no window fits.
 
     Called with u [..., y, x, i, k], returns v [..., (y − n) // s + 1, (x − n) // s + 1, j, d].
 
@@ -58,6 +61,7 @@ class ConvCaps(nnx.Module):
     ):
         self.routing = as_routing(routings)
         self.kernel_size, self.strides = kernel_size, strides
+        count_windows("ConvCaps", (kernel_size, kernel_size), kernel_size, strides)
         inputs = kernel_size * kernel_size * in_types
         weight_init = weight_init or initializers.normal(
             3 * out_types / math.sqrt(inputs * out_dim_caps)

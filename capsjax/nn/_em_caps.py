@@ -10,6 +10,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from capsjax._routing import EM, Capsules, MatrixVotes, OverWindows
+from capsjax._vectors import float_dtype
 from capsjax._windows import extract_windows, logsumexp_over_windows
 from capsjax.nn._layers import Initializer
 
@@ -65,6 +66,7 @@ class PrimaryEMCaps(nnx.Module):
 
     def __call__(self, x: ArrayLike) -> Capsules:
         x = jnp.asarray(x)
+        x = x.astype(float_dtype(x))
         project = partial(jnp.einsum, "...c,cn->...n", preferred_element_type=jnp.float32)
         poses = project(x, self.poses[...].astype(x.dtype)).astype(x.dtype)
         activations = jax.nn.sigmoid(project(x, self.activations[...].astype(x.dtype)))

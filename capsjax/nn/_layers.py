@@ -14,6 +14,7 @@ from capsjax._conv import conv
 from capsjax._decoder import decode
 from capsjax._primary import Grouping, primary_capsules
 from capsjax._routing import Agreement, Routing
+from capsjax._vectors import float_dtype
 
 Initializer = initializers.Initializer
 
@@ -59,12 +60,13 @@ class Conv(Affine):
 class Dense(Affine):
     """A dense layer.
 
-    Called with x [..., in], returns x · kernel + bias, [..., out], in the dtype of x.
+    Called with x [..., in], returns x · kernel + bias, [..., out], in the dtype of x; of integers,
+    in float32.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.dot(x, self.kernel[...], preferred_element_type=jnp.float32)
-        return (y + jnp.broadcast_to(self.bias[...], y.shape)).astype(x.dtype)
+        return (y + jnp.broadcast_to(self.bias[...], y.shape)).astype(float_dtype(x))
 
 
 class Dropout(nnx.Module):

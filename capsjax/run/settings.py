@@ -46,7 +46,7 @@ class Recipe:
     def __post_init__(self) -> None:
         routings = self.routings
         check(routings is None or routings >= 1, "routings", "1 or more", routings)
-        check(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
+        check(0 <= self.seed < 2**32, "seed", "from 0 to 2^32 - 1", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
