@@ -118,6 +118,9 @@ def load(
       See `save`.
     """
     path = Path(path)
+    if path.is_dir():
+        file = path / "weights.safetensors"  # as a run names it
+        raise IsADirectoryError(f"{path} is a folder; give a file, such as {file}")
     entry = None
     if path.suffix in PICKLE_SUFFIXES:
         arrays = unpickle(path)

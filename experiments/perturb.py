@@ -43,6 +43,7 @@ def main() -> None:
         (SCALE * width, SCALE * height), Image.Resampling.NEAREST
     )
     enlarged.save(settings.out)
+    print(f"wrote {settings.out}")
 
 
 def draw_row(model: capsjax.Network, digit: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ SCRIPTS = {"other_data": "mnist"}
 BEGIN = "<!-- {}: python experiments/table.py -->\n"
 END = "<!-- end of {} -->\n"
 COLUMNS = (
+    "name",
     "network, routing",
     "parameters",
     "command",
@@ -57,7 +58,7 @@ COLUMNS = (
     "machine",
 )
 # Of the networks that were stopped at a target, how much they misread of what was held out.
-OTHER_COLUMNS = ("data", *COLUMNS[:3], "held out, %", *COLUMNS[3:])
+OTHER_COLUMNS = ("data", *COLUMNS[1:4], "held out, %", *COLUMNS[4:])
 
 
 class Run(NamedTuple):
@@ -121,11 +122,11 @@ def make_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str
 
 def make_rows(results: Mapping[str, list[Run]], column: str = "test_error") -> list[dict[str, str]]:
     """Makes a row for each name, in the order of the mean error."""
-    ordered = sorted(results.values(), key=lambda runs: mean_error(runs, column))
-    return [make_row(runs, column) for runs in ordered]
+    ordered = sorted(results.items(), key=lambda item: mean_error(item[1], column))
+    return [make_row(name, runs, column) for name, runs in ordered]
 
 
-def make_row(runs: list[Run], column: str) -> dict[str, str]:
+def make_row(name: str, runs: list[Run], column: str) -> dict[str, str]:
     """Makes the row of the runs that differ by their seed alone."""
     first, errors = runs[0], [run.read(column)[-1] for run in runs]
     counts = [len(run.rows) for run in runs]
@@ -133,14 +134,15 @@ def make_row(runs: list[Run], column: str) -> dict[str, str]:
     seconds = statistics.median(second for run in runs for second in run.read("seconds"))
     names, parameters = describe_network(first.config)
     row = {
+        "name": name,
         "data": describe_data(first),
         "network, routing": names,
         "parameters": parameters,
         "command": f"`{make_command(first)}`",
         "error, %": format_mean(errors),
         "each seed": ", ".join(f"{error:.2f}" for error in errors),
-        "epochs": f"{epochs} of {seconds:.0f} s",
-        "machine": describe_machine(first.config),
+        "epochs": f"{epochs} × {seconds:.0f} s",
+        "machine": describe_machines([run.config for run in runs]),
     }
     if first.settings.training.target is not None:
         row["held out, %"] = format_mean([run.read("validation_error")[-1] for run in runs])
@@ -154,7 +156,7 @@ def make_test_row(test: Mapping[str, Any]) -> dict[str, str]:
         "network, routing": "an ensemble",
         "command": f"`python experiments/mnist.py --testing --weights {words}`",
         "error, %": f"{test['test']['error']:.2f}",
-        "machine": describe_machine(test),
+        "machine": describe_machines([test]),
     }
 
 
@@ -215,12 +217,19 @@ def find_defaults(experiment: Experiment, run: Run) -> dict[str, dict[str, Any]]
     return to_json(dataclasses.replace(settings, recipe=first, training=complete))
 
 
+def describe_machines(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Describes what runs were made on, and by which code."""
+    machines = dict.fromkeys(map(describe_machine, configs))
+    commits = dict.fromkeys(config["git"] for config in configs)
+    return f"{' and '.join(machines)}, commit {', '.join(commits)}"
+
+
 def describe_machine(config: Mapping[str, Any]) -> str:
-    """Describes what a run was made on, and by which code."""
+    """Describes what a run was made on."""
     cores = "1 core" if config["cores"] == 1 else f"{config['cores']} cores"
     device = config["device"]
     machine = f"{cores} of {config['processor']}" if "cpu" in device else device
-    return f"{machine}, JAX {config['versions']['jax']}, commit {config['git']}"
+    return f"{machine}, JAX {config['versions']['jax']}"
 
 
 def write_between_marks(path: Path, mark: str, text: str) -> None:

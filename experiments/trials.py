@@ -2,8 +2,9 @@
 
 python experiments/trials.py --preset gradient --validation 10000 --precision bfloat16
 
-Each trial trains on 50,000 digits for 12 epochs. Equal trials differ by about 0.05 points from seed
-to seed, so only large differences count. The losers stand in results/trials/ too.
+Each trial changes one part of `control`, `elastic` one of `small-warps`. It trains on 50,000 digits
+for 12 epochs. Equal trials differ by about 0.05 points from seed to seed, so only large differences
+count. The losers stand in results/trials/ too; presets without a folder there are not trained yet.
 
 A trial takes 24 min on one core of an AMD EPYC (Python 3.13, JAX 0.12, bfloat16). Two at once, each
 on a core of its own (`taskset -c 0`), train 1.4 times as many images/s as one on both cores.
@@ -25,7 +26,7 @@ SMALL_WARPS: dict[str, Any] = {"rotation": 7, "shear": 5, "zoom": 0.1, "shift_pi
 
 
 def trial(network: CapsNetConfig | None = None, **training: Any) -> Preset:
-    """Changes the control in one respect."""
+    """Changes a part of the control."""
     changed = dataclasses.replace(CONTROL, **training)
     return dataclasses.replace(BEST, network=network or BEST.network, training=changed)
 

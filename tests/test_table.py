@@ -65,13 +65,24 @@ def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviati
     mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
     machine = "1 core of Abacus, JAX 0.12, commit abc1234"
     assert made.splitlines()[2:] == [
-        "| `capsnet`, `agreement` | 8,215,568 "
-        "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.10 | 0.10 | 1 of 100 s "
+        "| alone | `capsnet`, `agreement` | 8,215,568 "
+        "| `python experiments/mnist.py --seed 0 --epochs 1` | 0.10 | 0.10 | 1 × 100 s "
         f"| {machine} |",
-        "| `capsnet`, `agreement` | 8,215,568 "
+        "| best | `capsnet`, `agreement` | 8,215,568 "
         "| `python experiments/mnist.py --preset best --seed 0 --epochs 3` "
-        f"| {mean:.3f} ± {spread:.3f} | 0.31, 0.25, 0.40 | 3 of 100 s | {machine} |",
+        f"| {mean:.3f} ± {spread:.3f} | 0.31, 0.25, 0.40 | 3 × 100 s | {machine} |",
     ]
+
+
+def test_a_row_tells_every_machine_and_commit_of_its_runs(tmp_path):
+    for seed, changed in enumerate(({}, {"git": "def5678"}, {"cores": 2})):
+        folder = tmp_path / "mnist" / "one" / str(seed)
+        write_run(folder, parse_words("mnist", ["--epochs", "1", "--seed", str(seed)]), [0.1])
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
+    (row,) = table.make_rows(table.read_results(tmp_path / "mnist"))
+    machines = "1 core of Abacus, JAX 0.12 and 2 cores of Abacus, JAX 0.12"
+    assert row["machine"] == f"{machines}, commit abc1234, def5678"
 
 
 def test_an_ensemble_has_a_row_with_its_command(tmp_path):
@@ -83,7 +94,7 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     rows = [table.make_test_row(test) for test in table.read_tests(tmp_path)]
     made = table.make_table(table.COLUMNS, rows)
     assert made.splitlines()[2:] == [
-        "| an ensemble |  "
+        "|  | an ensemble |  "
         "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 |  |  "
         "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
     ]
@@ -101,7 +112,7 @@ def test_a_run_that_reached_its_target_counts_and_tells_how_much_it_misread_of_w
     assert row["data"] == "affnist"
     assert row["held out, %"] == "9.000 ± 0.000"
     assert row["error, %"] == "20.500 ± 0.707"
-    assert row["epochs"] == "2 to 4 of 100 s"
+    assert row["epochs"] == "2 to 4 × 100 s"
     assert row["command"] == "`python experiments/affnist.py --preset cnn --seed 0 --target 91.0`"
 
 

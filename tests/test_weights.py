@@ -363,8 +363,14 @@ def test_iterations_of_a_network_that_has_none_are_refused(tmp_path, monkeypatch
     monkeypatch.setitem(capsjax.ROUTINGS, "scaled", ScaledRouting)
     without = network == "without routing"
     weights.save(tiny.make_normalised() if without else make_network(routing=ScaledRouting()), path)
-    with pytest.raises(ValueError, match=r"--routings 5: the (network|routing) .* has no field"):
+    with pytest.raises(ValueError, match=r"--routings 5: the .*(takes no routing|no iterations)"):
         weights.load(path, routings=5)
+
+
+def test_the_folder_of_a_run_is_refused_and_its_file_named(tmp_path):
+    with pytest.raises(OSError, match=r"is a folder; give a file, such as .*/weights\.safetensors"):
+        weights.load(tmp_path)
+    assert weights.describe(tmp_path) is None
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):

@@ -70,7 +70,7 @@ def with_routing(config: Any, name: str) -> Any:
     """
     known = getattr(getattr(config, "routing", None), "name", None)
     if known is None:
-        raise ValueError(f"--routing {name}: the network {config.name} has no field routing")
+        raise ValueError(f"--routing {name}: the network {config.name} takes no routing")
     if name not in ROUTINGS:
         raise ValueError(f"--routing is one of {', '.join(ROUTINGS)}, got {name!r}")
     if name == known:
@@ -78,7 +78,9 @@ def with_routing(config: Any, name: str) -> Any:
     try:
         return dataclasses.replace(config, routing=ROUTINGS[name]())
     except ValueError as error:
-        raise ValueError(f"--routing {name}: the network {config.name}: {error}") from error
+        raise ValueError(
+            f"--routing {name} does not route the capsules of the network {config.name}"
+        ) from error
 
 
 def with_iterations(config: Any, iterations: int) -> Any:
@@ -90,9 +92,9 @@ def with_iterations(config: Any, iterations: int) -> Any:
     routing: Any = getattr(config, "routing", None)
     if not hasattr(routing, "iterations"):
         lacks = (
-            f"routing {routing.name} has no field iterations"
+            f"routing {routing.name} has no iterations"
             if routing
-            else (f"network {config.name} has no field routing")
+            else f"network {config.name} takes no routing"
         )
-        raise ValueError(f"--routings {iterations}: the {lacks}")
+        raise ValueError(f"--routings {iterations}: the {lacks}; leave --routings out")
     return dataclasses.replace(config, routing=dataclasses.replace(routing, iterations=iterations))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,9 @@ from capsjax.run.folder import read_config
 # Files in a run's folder: the weights it was given to begin with, if any, and those it ends with.
 INITIAL_WEIGHTS = "start.safetensors"
 FINAL_WEIGHTS = "weights.safetensors"
+
+# Of no path, tyro would show the default as nothing at all.
+_Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]
 
 
 def find_weights(weights: Path) -> Path:
@@ -33,7 +36,7 @@ class Recipe:
     preset: str = "seed"
     """Recipe: one of the presets named above."""
     network: str | None = None
-    """capsnet, efficient, matrix or cnn: chooses its first preset. None: --preset tells it."""
+    """capsnet, efficient, matrix or cnn: its first preset, if any. None: --preset tells it."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = None
@@ -51,13 +54,13 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """MNIST comes with the package and needs no download. Give your own images a name of their own:
-    28×28 images named mnist get the names of its classes."""
+    """MNIST comes with the package and needs no download. Give your own images a name of their own,
+    since 28×28 images named mnist get the names of its classes."""
 
     dataset: str = "mnist"
     """mnist, fashion_mnist, kmnist, emnist/letters, another TFDS name, or a name for your data."""
     data_dir: Path | None = None
-    """A TFDS folder, IDX files, an .npz, or train/CLASS/ and test/CLASS/ with .png or .jpg."""
+    """A TFDS folder, IDX or smallNORB files, an .npz, or train/CLASS/ and test/CLASS/ of images."""
     download: bool = False
     """Have TensorFlow Datasets download and prepare the data set."""
     train_size: int | None = None
@@ -83,10 +86,10 @@ class Run:
     """Devices to split a batch over. None: as many as divide it evenly."""
     resume: Path | None = None
     """Folder of a run to continue. Only --devices may change, and --epochs may be raised."""
-    weights: tuple[Path, ...] = ()
+    weights: _Paths = ()
     """Start from, or test: a run, a .safetensors, .pt, .pth or .pkl, or e.g. efficient-mnist."""
     testing: bool = False
-    """Test --weights and draw pictures, as a run was set; several are tested as an ensemble."""
+    """Test --weights and draw pictures, with the settings of their run; several: as an ensemble."""
 
     def __post_init__(self) -> None:
         steps, devices = self.checkpoint_steps, self.devices
@@ -140,7 +143,7 @@ class Processes:
     process_id: int | None = None
     """Index of this process, counted from 0."""
     distributed: bool = False
-    """Get these three from SLURM, Open MPI (5 needs mpi4py) or a TPU pod: one task per GPU."""
+    """Get these three from SLURM, Open MPI (5: with mpi4py) or a TPU pod: one task per GPU."""
 
     def __post_init__(self) -> None:
         match self.coordinator, self.num_processes, self.process_id:
@@ -211,7 +214,7 @@ def from_json(groups: Mapping[str, Mapping[str, Any]], options: Any = None) -> S
         for field in dataclasses.fields(kind):
             if field.type == Path | None and given.get(field.name):
                 given[field.name] = Path(given[field.name])
-            elif field.type == tuple[Path, ...]:
+            elif field.type == _Paths:
                 given[field.name] = tuple(map(Path, given[field.name]))
         return kind(**given)
 

@@ -156,7 +156,7 @@ def test_another_run_starts_from_its_weights_and_statistics(whole, base, tmp_pat
 def test_routing_is_refused_in_words(base, tmp_path, flags):
     outcome = run_command(BARE, save_dir=tmp_path / "run", **flags, **base)
     assert outcome.status == 2
-    assert ": the network bare has no field routing" in outcome.err
+    assert ": the network bare takes no routing" in outcome.err
     assert not (tmp_path / "run").exists()
 
 

@@ -91,14 +91,17 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(
         ),
         (
             {"network": "matrix", "routing": "uniform"},
-            "--routing uniform: the network matrix: layers of poses and activations take a number",
+            "--routing uniform does not route the capsules of the network matrix",
         ),
         (
             {"routing": "em"},
-            "--routing em: the network capsnet: layers of vectors take a number",
+            "--routing em does not route the capsules of the network capsnet",
         ),
-        ({"network": "cnn", "routings": 3}, "--routings 3: the network cnn has no field routing"),
-        ({"network": "cnn", "routing": "uniform"}, "the network cnn has no field routing"),
+        (
+            {"network": "cnn", "routings": 3},
+            "--routings 3: the network cnn takes no routing; leave",
+        ),
+        ({"network": "cnn", "routing": "uniform"}, "the network cnn takes no routing"),
         ({"network": "efficient", "preset": "best"}, "--network efficient, but the network of --p"),
         (
             {"routing": "best"},
@@ -106,7 +109,7 @@ def test_a_network_brings_its_preset_and_does_all_that_the_others_do(
         ),
         (
             {"routing": "uniform", "routings": 3},
-            "--routings 3: the routing uniform has no field it",
+            "--routings 3: the routing uniform has no iterations; leave --routings out",
         ),
     ],
 )
