@@ -138,6 +138,7 @@ def _leave(
             "preset": plan.settings.recipe.preset,
             "test_error": round(test.error, 4),
             "commit": describe_provenance()["git"],
+            "class_names": data.class_names,
         }
         weights.save(model, folder / FINAL_WEIGHTS, notes)
     tested = run.weights_folder if run.testing else None

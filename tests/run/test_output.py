@@ -111,13 +111,19 @@ def test_the_weights_that_a_run_leaves_are_those_of_its_last_checkpoint(plain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "preset"), [({}, "seed"), ({"preset": "paper"}, "paper")])
-def test_the_notes_of_the_weights_tell_preset_test_error_and_commit(trained, flags, preset):
+def test_the_notes_of_the_weights_tell_preset_test_error_commit_and_classes(trained, flags, preset):
     folder = trained(**flags).folder
     about = weights.describe(folder / "weights.safetensors")
     error = float(read_rows(folder)[-1]["test_error"])
     assert about is not None
     commit = read_json(folder)["git"]
-    assert about.notes == {"preset": preset, "test_error": error, "commit": commit}
+    names = [str(number) for number in range(10)]
+    assert about.notes == {
+        "preset": preset,
+        "test_error": error,
+        "commit": commit,
+        "class_names": names,
+    }
 
 
 @pytest.mark.parametrize("name", PICTURES)
