@@ -36,6 +36,7 @@ from benchmarking.tables import (
     show_whole,
 )
 from benchmarking.whole import measure_whole
+from capsjax.run.folder import find_processor
 from capsjax.run.pictures import write
 
 PYTORCH, CAPSJAX = "PyTorch float32", "capsjax float32"
@@ -196,13 +197,8 @@ def describe_environment() -> dict[str, Any]:
     packages = ("jax", "numpy", "torch")
     found = {dist.name for dist in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in packages if name in found}
-    machine = {"cores": os.cpu_count(), "processor": _read_processor()}
+    machine = {"cores": os.cpu_count(), "processor": find_processor()}
     return {"python": platform.python_version(), **versions, **machine}
-
-
-def _read_processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
 
 
 def compare(

@@ -13,6 +13,8 @@ from PIL import Image
 import capsjax
 from capsjax import viz
 from capsjax._pixels import to_unit_interval
+from capsjax.presets import check
+from capsjax.run.command_line import refusals
 from capsjax.run.pictures import OFFSETS, perturbed
 from capsjax.run.settings import find_weights
 
@@ -33,9 +35,14 @@ class Perturb:
 
 
 def main() -> None:
-    settings = tyro.cli(Perturb)
-    model = capsjax.weights.load(find_weights(settings.weights))
-    digits = capsjax.data.load("mnist").x_test
+    with refusals():
+        settings = tyro.cli(Perturb)
+        digits = capsjax.data.load("mnist").x_test
+        for number in settings.images:
+            check(0 <= number < len(digits), "images", f"from 0 to {len(digits) - 1}", number)
+        folder = settings.out.parent
+        check(folder.is_dir(), "out", "a file in a folder that is there", settings.out)
+        model = capsjax.weights.load(find_weights(settings.weights))
     rows = np.concatenate([draw_row(model, digits[number]) for number in settings.images])
     grid = viz.image_grid(rows, columns=3 + len(OFFSETS), separator=2)
     height, width, _ = grid.shape

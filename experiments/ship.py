@@ -69,7 +69,7 @@ def main() -> None:
     assert about is not None  # a run leaves what `save` wrote
     file = settings.out / f"{settings.name}.safetensors"
     capsjax.weights.save(net, file, about.notes, dtype="float16")
-    digits = capsjax.data.load("mnist")
+    digits, images = capsjax.data.load("mnist"), run.settings.images
     wrong = count_errors(capsjax.weights.load(file), digits)
     examples = len(digits.y_test)
     notes = about.notes | {"test_error": round(100 * wrong / examples, 4)}
@@ -81,10 +81,10 @@ def main() -> None:
         error=notes["test_error"],
         wrong=wrong,
         examples=examples,
-        trained_on=len(digits.y_train) - run.settings.images.validation,
+        trained_on=images.train_size or len(digits.y_train) - images.validation,
         command=table.make_command(run),
         commit=run.config["git"],
-        last=run.read("test_error")[-1],
+        last=about.notes["test_error"],
         precision=run.settings.recipe.precision,
         megabytes=file.stat().st_size / 1e6,
     )

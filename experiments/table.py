@@ -236,6 +236,8 @@ def write_between_marks(path: Path, mark: str, text: str) -> None:
     """Replaces what stands between the two marks of a name in a file."""
     before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN.format(mark))
     _, end, after = rest.partition(END.format(mark))
+    if not (begin and end):
+        raise SystemExit(f"{path}: there is no {BEGIN.format(mark)}…\n{END.format(mark)}")
     path.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 

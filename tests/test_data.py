@@ -99,6 +99,8 @@ def test_an_npz_may_hold_colour_images_of_any_size_and_the_names_of_its_classes(
     names = np.array(["cat", "dog", "owl"])
     named = data.load("mine", write_npz(tmp_path / "named.npz", arrays, class_names=names))
     assert named.class_names == ("cat", "dog", "owl")
+    in_bytes = write_npz(tmp_path / "bytes.npz", arrays, class_names=names.astype(bytes))
+    assert data.load("mine", in_bytes).class_names == ("cat", "dog", "owl")
 
 
 def test_own_images_under_the_default_name_keep_their_number_of_classes(tmp_path):

@@ -2,6 +2,8 @@
 
 import gzip
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -298,6 +300,24 @@ def test_transparent_images_and_those_of_16_bits_are_refused(folders):
     assert_refused("zz.png", "transparent", data_dir=folders)
     Image.fromarray(np.zeros((28, 28), np.uint16)).save(path)
     assert_refused("zz.png", "8 bits", data_dir=folders)
+    path.write_bytes(encode_png_of_16_bits(28, 28))
+    assert_refused("zz.png", "8 bits per channel, got 16", data_dir=folders)
+
+
+def encode_png_of_16_bits(height: int, width: int) -> bytes:
+    """Returns a black RGB image of 16 bits per channel, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + 6 * width)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_the_home_of_nobody_is_no_folder():
+    assert_refused("no such folder", data_dir="~nosuchuser/images")
 
 
 def test_more_images_than_fit_in_memory_are_refused():

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 
 from capsjax import data
-from capsjax.data import _cache, _tfrecord
+from capsjax.data import _cache, _prepare, _tfrecord
 from data_files import (
     assert_same_digits,
     compute_crc32c,
@@ -60,6 +60,18 @@ def test_a_prepared_data_set_is_found_from_all_three_of_its_folders(prepared, in
     dataset = data.load("mnist", prepared / inner)
     assert_same_digits(dataset, digits())
     assert str(prepared / "mnist" / "3.0.1") in dataset.source
+
+
+@pytest.mark.parametrize("inner", ["mnist", "mnist/3.0.1"])
+def test_a_data_set_of_another_name_is_refused(prepared, inner):
+    with pytest.raises(data.DataError, match="expected fashion_mnist, but TFDS prepared mnist"):
+        data.load("fashion_mnist", prepared / inner)
+
+
+def test_a_data_set_that_another_process_put_in_place_first_is_taken(prepared, tmp_path):
+    again = shutil.copytree(prepared, tmp_path / "again")
+    _prepare._move(again, prepared)
+    assert_same_digits(data.load("mnist", prepared), digits())
 
 
 def test_the_default_folder_of_tfds_is_used_if_none_is_given(prepared, monkeypatch):

@@ -19,6 +19,13 @@ def blob(height: int, width: int, canvas: int = 280, top: int = 30, left: int = 
     return layer
 
 
+def faint() -> np.ndarray:
+    """Ink that becomes none when it is made smaller."""
+    layer = np.zeros((280, 280, 1), np.uint8)
+    layer[::5, ::9] = 1
+    return layer
+
+
 def test_a_digit_of_mnist_comes_back_as_it_is():
     for digit in load_mnist().x_test[:300]:
         fitted = fit(enlarge(digit, 10)[None], (28, 28, 1), centred=True)
@@ -34,7 +41,7 @@ def test_size_and_place_of_the_ink_do_not_matter():
     np.testing.assert_allclose(ndimage.center_of_mass(small[..., 0]), (14, 14), atol=0.5)
 
 
-@pytest.mark.parametrize("layer", [np.zeros((9, 9, 1), np.uint8), blob(0, 0)])
+@pytest.mark.parametrize("layer", [np.zeros((9, 9, 1), np.uint8), blob(0, 0), faint()])
 def test_without_ink_the_image_is_empty(layer):
     assert not fit(layer[None], (28, 28, 1), centred=True).any()
 

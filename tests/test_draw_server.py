@@ -20,6 +20,8 @@ from drawing.reader import ANGLES, Reader
 from drawing.server import MOST_BYTES, make_app
 from tiny_run import SIZES
 
+JSON = {"content-type": "application/json"}
+
 
 def make_network(kind: str) -> capsjax.Network:
     config = capsjax.NETWORKS[kind](**SIZES[kind])
@@ -281,7 +283,7 @@ def test_a_request_that_makes_no_sense_is_refused_in_words(client, path, changed
 )
 def test_a_body_that_is_no_request_is_refused_in_words(client, body, words):
     for path in ("/read", "/curve", "/draw"):
-        response = client.post(path, content=body)
+        response = client.post(path, content=body, headers=JSON)
         assert response.status_code == 400
         assert words in response.json()["error"]
 
@@ -293,8 +295,16 @@ def test_nan_in_a_pose_or_a_capsule_is_refused(client):
         ("/draw", {"capsules": [[float("nan"), 0, 0, 0]]}),
         ("/draw", {"capsules": [[float("inf"), 0, 0, 0]]}),
     ):
-        response = client.post(path, content=json.dumps(request | changed))
+        response = client.post(path, content=json.dumps(request | changed), headers=JSON)
         assert response.status_code == 400
+
+
+def test_a_request_that_any_page_may_send_is_refused(client):
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        headers = {"content-type": kind, "origin": "http://elsewhere.example"}
+        response = client.post("/read", content=json.dumps(make_request()), headers=headers)
+        assert response.status_code == 400
+        assert "not application/json" in response.json()["error"]
 
 
 def spoil(request: dict, rng: random.Random) -> dict:

@@ -115,7 +115,7 @@ def test_every_linked_file_exists():
 
 
 @pytest.mark.slow
-def test_a_picture_of_perturbations_is_drawn(tmp_path, monkeypatch):
+def test_a_picture_of_perturbations_is_drawn(tmp_path, monkeypatch, capsys):
     net = capsjax.CapsNet(channels=4, types=1, hidden=(8,), rngs=nnx.Rngs(0))
     capsjax.weights.save(net, tmp_path / "net.safetensors")
     out = tmp_path / "perturb.png"
@@ -124,3 +124,8 @@ def test_a_picture_of_perturbations_is_drawn(tmp_path, monkeypatch):
     )
     perturb.main()
     assert out.stat().st_size > 1000
+    for flags, words in (("--images 10000", "from 0 to 9999"), ("--out none/a.png", "a folder")):
+        monkeypatch.setattr("sys.argv", ["perturb.py", *flags.split()])
+        with pytest.raises(SystemExit):
+            perturb.main()
+        assert words in capsys.readouterr().err

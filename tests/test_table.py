@@ -174,6 +174,16 @@ def test_the_text_between_the_marks_is_replaced_and_no_other(tmp_path):
     assert path.read_text() == f"before\n{parts}after\n"
 
 
+@pytest.mark.parametrize("kept", ["begin", "end"])
+def test_a_file_without_one_of_the_marks_is_left_as_it_is(tmp_path, kept):
+    path, marks = tmp_path / "page.md", {"begin": table.BEGIN, "end": table.END}
+    path.write_text(f"before\n{marks[kept].format('a')}after\n")
+    before = path.read_text()
+    with pytest.raises(SystemExit, match=r"page\.md: there is no"):
+        table.write_between_marks(path, "a", "new\n")
+    assert path.read_text() == before
+
+
 def test_readme_and_the_page_of_trials_hold_what_the_script_makes():
     for (path, mark), text in table.make_tables().items():
         part = f"{table.BEGIN.format(mark)}{text}{table.END.format(mark)}"

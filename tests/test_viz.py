@@ -344,6 +344,13 @@ def test_names_that_the_font_cannot_write_are_replaced_by_their_number():
     rendered(perturbed)
 
 
+def test_a_class_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="misread: got 2 names, but there is a class 8"):
+        viz.misread(np.zeros((2, 8, 8, 1)), [0, 1], [0, 8], "01")
+    with pytest.raises(ValueError, match="perturbations: got 2 names, but the label is 2"):
+        viz.perturbations(np.zeros((2, 3, 8, 8, 1)), np.zeros(3), 2, "01")
+
+
 def test_labels_of_another_number_than_images_are_refused():
     with pytest.raises(ValueError, match=r"labels \[N\] and predicted \[N\]"):
         viz.misread(np.zeros((3, 8, 8, 1)), [1, 2, 3], [1, 2], DIGITS)

@@ -105,7 +105,7 @@ def build_dataset(
         y_train.astype(np.int32),
         x_test,
         y_test.astype(np.int32),
-        tuple(map(str, class_names)),
+        tuple(n.decode() if isinstance(n, bytes) else str(n) for n in class_names),
         source,
     )
 

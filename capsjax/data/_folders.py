@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from capsjax.data._dataset import DataError, allocate_images
 
@@ -14,6 +14,7 @@ _CLUTTER = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
 _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"RGB", "RGBA", "CMYK", "YCbCr"}
 _PALETTE_MODES = {"P", "PA"}
+_ORIENTATION = ExifTags.Base.Orientation
 
 
 def has_splits(folder: Path) -> bool:
@@ -137,7 +138,15 @@ def _open_upright(path: Path) -> Iterator[Image.Image]:
     """Opens an image and rotates it as its EXIF orientation says, as image viewers do."""
     try:
         with Image.open(path) as image:
-            yield ImageOps.exif_transpose(image)
+            # Pillow would shorten colours of 16 bits to 8 without a word.
+            if any("16" in str(tile[3]) for tile in image.tile):
+                raise DataError(
+                    f"{path}: expected 8 bits per channel, got 16; convert it to an 8-bit grey or "
+                    "RGB image"
+                )
+            # Turned only if need be, since that decodes all of it.
+            turned = image.getexif().get(_ORIENTATION, 1) != 1
+            yield ImageOps.exif_transpose(image) if turned else image
     except DataError:
         raise
     # A decoder may raise any exception on a damaged file.

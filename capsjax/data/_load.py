@@ -72,7 +72,10 @@ def load(
         raise DataError(
             f"expected the name of a data set such as mnist or emnist/letters, got {name!r}"
         )
-    folder = _tfds.get_default_folder() if data_dir is None else Path(data_dir).expanduser()
+    try:
+        folder = _tfds.get_default_folder() if data_dir is None else Path(data_dir).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise DataError(f"{data_dir}: no such folder ({error})") from error
     try:
         dataset = _tfds.load(name, folder) if data_dir is None else _load_path(folder, name)
         if dataset is None and download:

@@ -132,4 +132,8 @@ def _move(source: Path, target: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     if (source / ".config").is_dir():
         shutil.copytree(source / ".config", target / ".config", dirs_exist_ok=True)
-    os.replace(version, destination)
+    try:
+        os.replace(version, destination)
+    except OSError:  # another process was faster, or it cannot be moved there
+        if not (destination / "dataset_info.json").is_file():
+            raise

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from capsjax.data import _cache
+from capsjax.data import _cache, _mnist_family
 from capsjax.data._dataset import DataError, Dataset
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -24,6 +24,11 @@ def load(name: str, folder: Path) -> Dataset | None:
     if prepared is None:
         return None
     full_name = _read_full_name(prepared)
+    if name in _mnist_family.NAMES and name != full_name:
+        raise DataError(
+            f"{prepared}: expected {name}, but TFDS prepared {full_name} there; ask for that name "
+            "or for another folder"
+        )
     source = f"{full_name}: prepared by TFDS in {prepared}"
     dataset = _cache.read(prepared, source)
     if dataset is None:

@@ -40,7 +40,7 @@ def create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise ValueError(f"--save-dir {folder} is a file; name a folder") from error
+        raise ValueError(f"--save-dir {folder} is no folder; name another one") from error
     except OSError as error:
         raise ValueError(f"--save-dir {folder} cannot be made: {error.strerror}") from error
 
@@ -61,7 +61,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another process: wait for its end, or name another folder"
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSYS:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         print(f"{folder} is on a file system without locks: nothing keeps another run out of it")
     try:
@@ -81,6 +81,16 @@ def refuse_run(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds a run already: continue it (--resume {folder}) or name another "
             "folder (--save-dir)"
+        )
+
+
+def refuse_results(folder: Path) -> None:
+    """Raises ValueError if the folder holds what a new run would write over."""
+    results = ("metrics.csv", "checkpoints", "weights.safetensors")
+    if found := [name for name in results if (folder / name).exists()]:
+        raise ValueError(
+            f"{folder} holds {' and '.join(found)}, but no config.json: move them away, or name "
+            "another folder (--save-dir)"
         )
 
 
@@ -104,8 +114,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     try:
         _ = config["settings"]["training"]["epochs"], config["data"]["crc32"]
+        _ = config["network"]["name"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it must hold settings and data") from error
+        raise ValueError(f"{path} is damaged: it must hold settings, network and data") from error
     return config
 
 
@@ -163,13 +174,13 @@ def describe_provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
-        "processor": _find_processor(),
+        "processor": find_processor(),
         "cores": getattr(os, "process_cpu_count", os.cpu_count)(),  # Python 3.13: those it may use
         "git": _find_revision(),
     }
 
 
-def _find_processor() -> str:
+def find_processor() -> str:
     """Returns the processor's name, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,5 +1,6 @@
 """What a run asks of its process before JAX starts, and of the C library while it runs."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,12 +19,18 @@ def configure() -> None:
     # own, they are there before it has freed its buffers, and with those of the next step the
     # process takes twice the memory. Steps of several devices have their threads in any case.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # A process without a home keeps nothing.
+    with contextlib.suppress(RuntimeError):
+        _choose_compilation_cache()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are raised as well
+
+
+def _choose_compilation_cache() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         # Compiled code fits one kind of processor, and home folders are shared between machines.
         folder = cache / "capsjax" / f"jax-{jax.__version__}-{platform.node()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are raised as well
 
 
 def keep_freed_memory() -> None:

@@ -23,6 +23,7 @@ from capsjax.run.folder import (
     name_folder,
     read_config,
     read_rows,
+    refuse_results,
     refuse_run,
     write_config,
 )
@@ -104,6 +105,7 @@ def _choose_folder(plan: Plan) -> Path:
 
 def _begin(folder: Path, plan: Plan, state: TrainState) -> None:
     """Writes what a new run is; config.json last, because with it the folder holds a run."""
+    refuse_results(folder)
     if plan.settings.run.weights:
         weights.save(merge(plan.setup.graphdef, state), folder / INITIAL_WEIGHTS)
     else:

@@ -117,6 +117,10 @@ def _load(
     """Loads the images; returns also which of them are trained on and which held out."""
     images = settings.images
     dataset = data.load(images.dataset, images.data_dir, download=images.download)
+    if dataset.num_classes < 2:
+        raise data.DataError(
+            f"{dataset.source}: expected two classes or more, got only {dataset.class_names[0]!r}"
+        )
     dataset, train, held_out = _select(dataset, images, settings.recipe.seed)
     if experiment.prepare is not None:
         dataset = experiment.prepare(dataset, held_out, settings.options)

@@ -62,7 +62,7 @@ class Images:
     data_dir: Path | None = None
     """A TFDS folder, IDX or smallNORB files, an .npz, or train/CLASS/ and test/CLASS/ of images."""
     download: bool = False
-    """Have TensorFlow Datasets download and prepare the data set."""
+    """Download the data set, of the MNIST family, and prepare it as TensorFlow Datasets does."""
     train_size: int | None = None
     """Train on this many images, chosen at random, for a quick look. None: on all of them."""
     validation: int = 0
@@ -85,7 +85,7 @@ class Run:
     devices: int | None = None
     """Devices to split a batch over. None: as many as divide it evenly."""
     resume: Path | None = None
-    """Folder of a run to continue. Only --devices may change, and --epochs may be raised."""
+    """Folder of a run to continue. --devices and --data-dir may change, --epochs may be raised."""
     weights: _Paths = ()
     """Start from, or test: a run, a .safetensors, .pt, .pth or .pkl, or e.g. efficient-mnist."""
     testing: bool = False
@@ -228,11 +228,11 @@ def refuse_changes(settings: Settings, saved: Settings) -> None:
     for group, fields in now.items():
         for name, ours in fields.items():
             theirs = then[group][name]
-            allowed = name == "devices" or (name == "epochs" and ours > theirs)
+            allowed = name in ("devices", "data_dir") or (name == "epochs" and ours > theirs)
             if ours != theirs and not allowed:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {_show(ours)} beside --resume, but this run has "
-                    f"{_show(theirs)}; only --devices may change, and --epochs may be raised"
+                    f"{_show(theirs)}; --devices and --data-dir may change, --epochs may be raised"
                 )
 
 
@@ -249,7 +249,7 @@ def read_settings(folder: Path, options: Any = None) -> Settings:
         raise ValueError(f"{folder} is the run of another experiment: use the script that began it")
     try:
         return from_json(config["settings"], options)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is damaged or of another version of capsjax: {error}"
         ) from error

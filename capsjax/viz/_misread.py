@@ -32,7 +32,7 @@ def misread(
       if there are none, a figure of a sentence that says so.
 
     Raises:
-      ValueError: if `images`, `labels` and `predicted` differ in length.
+      ValueError: if `images`, `labels` and `predicted` differ in length, or a class has no name.
 
     Example:
       >>> import numpy as np
@@ -48,6 +48,9 @@ def misread(
     wrong = np.flatnonzero(labels != predicted)
     if not wrong.size:
         return draw_sentence(f"None of {len(labels)} images misread")
+    highest = max(labels.max(), predicted.max())
+    if highest >= len(class_names):
+        raise ValueError(f"misread: got {len(class_names)} names, but there is a class {highest}")
     shown = wrong[:_MOST_IMAGES]
     names = [format_class_name(name, number) for number, name in enumerate(class_names)]
     captions = [(names[labels[n]], f"→ {names[predicted[n]]}") for n in shown]

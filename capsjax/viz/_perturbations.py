@@ -28,7 +28,7 @@ def perturbations(
       A figure of d × n images.
 
     Raises:
-      ValueError: if `images` and `offsets` do not have these shapes.
+      ValueError: if `images` and `offsets` do not have these shapes, or the label has no name.
 
     Example:
       >>> import numpy as np
@@ -45,6 +45,8 @@ def perturbations(
             f"perturbations: expected images [d, n, H, W, C] and offsets [n], got "
             f"{list(np.shape(images))} and {list(offsets.shape)}"
         )
+    if not 0 <= label < len(class_names):
+        raise ValueError(f"perturbations: got {len(class_names)} names, but the label is {label}")
     dimensions, columns, height, width, _ = pixels.shape
     scale = choose_scale(height, width, 56)
     separator = max(1, round(1 / scale))

@@ -68,6 +68,8 @@ def centre(layer: np.ndarray, size: tuple[int, int], *, free: int) -> np.ndarray
     small = resize(ink, tuple(max(1, round(factor * length)) for length in ink.shape[:2]))
     # MNIST's middle is pixel 14 of 0 to 27, half a pixel beside that of the image.
     middle = np.array(size) / 2 + _find_offset(layer, size, free)
+    if not small.any():  # ink so faint that it vanished
+        return image
     mass = ndimage.center_of_mass(small.mean(2))
     start = np.rint(middle - np.array(mass)).astype(int)
     start = np.clip(start, 0, np.array(size) - small.shape[:2])  # all of it stays in sight

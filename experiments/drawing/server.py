@@ -124,6 +124,9 @@ def _serve(name: str) -> Callable[[Request], Any]:
 
 async def _read_body(request: Request) -> Any:
     """Reads a request's JSON, and gives up as soon as it is too long."""
+    # Of this kind a page from elsewhere cannot send any without being allowed to.
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise Refused("The request is not application/json.")
     content = bytearray()
     async for part in request.stream():
         content += part

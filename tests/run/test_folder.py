@@ -31,7 +31,7 @@ def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own():
 @pytest.mark.parametrize(
     ("save_dir", "words"),
     [
-        ("file", "--save-dir file is a file"),
+        ("file", "--save-dir file is no folder"),
         ("file/run", "--save-dir file/run cannot be made: Not a directory"),
         ("/proc/no/run", "--save-dir /proc/no/run cannot be made"),
         ("x" * 300, "cannot be made: File name too long"),
@@ -92,8 +92,19 @@ def test_a_folder_in_use_by_a_living_process_is_refused_until_it_dies(start, pla
     assert run_command(resume=copied, epochs=4).status == 0  # the lock was released at its end
 
 
-def test_a_file_system_without_locks_is_no_reason_to_stop(start):
-    no_locks = mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
+@pytest.mark.parametrize("name", ["weights.safetensors", "metrics.csv"])
+def test_results_that_belong_to_no_run_are_not_written_over(start, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    outcome = start()
+    assert outcome.status == 2
+    assert f"holds {name}, but no config.json: move" in outcome.err
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_reason_to_stop(start, number):
+    no_locks = mock.Mock(side_effect=OSError(number, "no locks here"))
 
     @contextlib.contextmanager
     def lock_without_locks(folder):  # the compilation cache keeps its own

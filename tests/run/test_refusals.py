@@ -37,7 +37,6 @@ from tiny_run import (
         ("seed", 1, 0),
         ("precision", "bfloat16", "float32"),
         ("dataset", "kmnist", "mnist"),
-        ("data_dir", "elsewhere", "tiny.npz"),
         ("download", True, False),
         ("train_size", 40, None),
         ("validation", 10, 0),
@@ -61,6 +60,20 @@ def test_a_run_goes_on_with_another_number_of_devices(start):
     resumed = run_command(resume=stopped.folder, devices=2)
     assert resumed.status == 0
     assert "devices   2 of 8" in resumed.out
+
+
+def test_a_run_whose_images_were_moved_goes_on(trained, tmp_path):
+    run = shutil.copytree(trained(epochs=1).folder, tmp_path / "run")
+    moved = write_images(tmp_path / "moved.npz")
+    change_config(lambda c: c["settings"]["images"].update(data_dir="/gone/tiny.npz"))(run)
+    assert run_command(resume=run, data_dir=moved, epochs=2).status == 0
+
+
+def test_images_of_a_single_class_are_refused(start, tmp_path):
+    zeros = {name: np.zeros_like(make_images()[name]) for name in ("y_train", "y_test")}
+    outcome = start(dataset="mine", data_dir=write_images(tmp_path / "one.npz", **zeros))
+    assert outcome.status == 2
+    assert "expected two classes or more, got only '0'" in outcome.err
 
 
 def test_a_run_is_not_continued_in_another_folder(plain, tmp_path):
@@ -144,6 +157,7 @@ TALL = {
         (change_config(lambda c: c["settings"].pop("run")), ["config.json is damaged", "'run'"]),
         (change_config(lambda c: c["settings"].pop("training")), ["config.json is damaged"]),
         (change_config(lambda c: c["data"].pop("crc32")), ["config.json is damaged"]),
+        (change_config(lambda c: c.update(network="capsnet")), ["config.json is damaged"]),
         (write_rows(b"epoch;step\r\n1;6\r\n"), ["metrics.csv is damaged", "epoch, step,"]),
         (write_rows(b""), ["metrics.csv is damaged"]),
         (write_rows(b"\xff\xfe"), ["metrics.csv is damaged"]),
