@@ -19,13 +19,15 @@ from capsjax.networks import (
 )
 from capsjax.networks.cnn import MNIST_BASELINE
 
+_Range = tuple[Callable[[Any], bool], str]
+_COUNT: _Range = (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more")
 # What each number must be; a comparison with nan never holds.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
-    "batch_size": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
+_RANGES: dict[str, _Range] = {
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
     "lr": (lambda value: 0 < value < math.inf, "a number above 0"),
     "lr_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "margin_steps": (lambda value: value >= 1 and value % 1 == 0, "an integer of 1 or more"),
+    "margin_steps": _COUNT,
     "lam_recon": (lambda value: 0 <= value < math.inf, "a number of 0 or more"),
     "shift_pixels": (lambda value: 0 <= value < math.inf, "0 or more"),
     "rotation": (lambda value: 0 <= value <= 180, "from 0 to 180"),
@@ -35,7 +37,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "average": (lambda value: 0 < value < 1, "between 0 and 1"),
     "target": (lambda value: 0 < value <= 100, "above 0 and at most 100"),
 }
-_MAY_BE_NONE = ("lr_decay", "lam_recon", "average", "target")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Training:
     """Stop after the first epoch whose validation accuracy, in %, reaches this. None: after all."""
 
     def __post_init__(self) -> None:
+        kinds = {field.name: field.type for field in dataclasses.fields(self)}
         for name, (holds, expected) in _RANGES.items():
             value = getattr(self, name)
-            none = value is None and name in _MAY_BE_NONE
+            none = value is None and type(None) in get_args(kinds[name])
             check(none or (isinstance(value, Real) and holds(value)), name, expected, value)
         check(self.loss in get_args(Loss), "loss", f"one of {', '.join(get_args(Loss))}", self.loss)
 

@@ -24,8 +24,9 @@ import tyro
 import capsjax
 from capsjax.presets import check
 from capsjax.run.command_line import refusals
+from capsjax.run.folder import FINAL_WEIGHTS
 from capsjax.run.machine import configure
-from capsjax.run.settings import FINAL_WEIGHTS, find_weights, is_run
+from capsjax.run.settings import find_weights, is_run
 
 
 @dataclasses.dataclass(frozen=True)

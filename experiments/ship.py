@@ -15,7 +15,7 @@ from flax import nnx
 
 import capsjax
 import table
-from capsjax.run.settings import FINAL_WEIGHTS
+from capsjax.run.folder import FINAL_WEIGHTS
 
 TRAINED = Path(capsjax.__file__).with_name("trained")
 CARD = """\

@@ -97,7 +97,9 @@ def test_digits_to_train_on_lie_in_the_middle_and_those_held_out_are_shifted_who
     assert len(starts) > 10
     assert {0, 12} <= {start for pair in starts for start in pair} <= set(range(13))
     assert prepared.x_train.sum(dtype=int) == mnist.x_train.sum(dtype=int)
-    again = affnist.prepare(mnist, np.arange(30, 50), Options())
+    with jax.default_prng_impl("rbg"):  # the same, whichever generator JAX is set to
+        again = affnist.prepare(mnist, np.arange(30, 50), Options())
+    np.testing.assert_array_equal(again.x_train, prepared.x_train)
     np.testing.assert_array_equal(again.x_test, prepared.x_test)
     assert "synthetic" in prepared.source
     np.testing.assert_array_equal(prepared.y_test, mnist.y_test)

@@ -26,7 +26,7 @@ TINY = dataclasses.replace(
 def run(tmp_path):
     """Trains a tiny network on real digits, and returns its folder."""
     data = write_npz(tmp_path / "digits.npz", digits(60, 20))
-    words = ["--data-dir", str(data), "--save-dir", str(tmp_path / "run")]
+    words = ["--data-dir", str(data), "--save-dir", str(tmp_path / "run"), "--train-size", "40"]
     with mock.patch("capsjax.run.lifecycle.write_pictures"):
         main(Experiment(presets={"seed": TINY}), words)
     return tmp_path / "run"
@@ -49,4 +49,7 @@ def test_the_file_is_float16_and_its_card_tells_the_error_that_this_file_makes(
     assert about.notes["test_error"] == pytest.approx(wrong / 100)
     assert about.notes["preset"] == "seed"
     assert re.search(rf"{wrong / 100:.2f} % \({wrong} of 10,000 MNIST test digits\)", card)
+    trained = capsjax.weights.describe(run / "weights.safetensors").notes["test_error"]
+    assert f"the run that made them ended with {trained:.2f} % in float32" in card
+    assert "**Data.** 40 training digits of MNIST." in card
     assert "python experiments/mnist.py --seed 0 --epochs 1 --batch-size 20" in card

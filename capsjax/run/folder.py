@@ -22,6 +22,10 @@ from jax.experimental import multihost_utils
 from capsjax._files import write_atomically
 from capsjax.run.metrics import Metrics
 
+# The weights that a run was given to begin with, if any, and those it ends with.
+INITIAL_WEIGHTS = "start.safetensors"
+FINAL_WEIGHTS = "weights.safetensors"
+
 
 def name_folder(dataset: str) -> Path:
     """Names the folder of a run after the data set and the time."""
@@ -86,7 +90,7 @@ def refuse_run(folder: Path) -> None:
 
 def refuse_results(folder: Path) -> None:
     """Raises ValueError if the folder holds what a new run would write over."""
-    results = ("metrics.csv", "checkpoints", "weights.safetensors")
+    results = ("metrics.csv", "checkpoints", FINAL_WEIGHTS)
     if found := [name for name in results if (folder / name).exists()]:
         raise ValueError(
             f"{folder} holds {' and '.join(found)}, but no config.json: move them away, or name "

@@ -15,13 +15,20 @@ from capsjax.checkpoint import CheckpointError
 from capsjax.run import machine, processes
 from capsjax.run.command_line import parse, refusals
 from capsjax.run.experiment import Experiment
-from capsjax.run.folder import describe_provenance, holds_run, read_rows, refuse_run, write_test
+from capsjax.run.folder import (
+    FINAL_WEIGHTS,
+    describe_provenance,
+    holds_run,
+    read_rows,
+    refuse_run,
+    write_test,
+)
 from capsjax.run.loop import Diverged, Runner
 from capsjax.run.metrics import Metrics
 from capsjax.run.opening import Opened, open_run
 from capsjax.run.pictures import write_pictures
 from capsjax.run.plan import make_plan
-from capsjax.run.settings import FINAL_WEIGHTS, Settings
+from capsjax.run.settings import Settings
 from capsjax.tasks import batch_shape
 from capsjax.train import TrainState, merge
 

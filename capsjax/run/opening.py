@@ -16,6 +16,7 @@ from capsjax._trees import fill, named_leaves
 from capsjax.checkpoint import Checkpoint, Checkpoints
 from capsjax.networks._config_json import config_to_json
 from capsjax.run.folder import (
+    INITIAL_WEIGHTS,
     create_folder,
     describe_provenance,
     holds_run,
@@ -30,7 +31,6 @@ from capsjax.run.folder import (
 from capsjax.run.plan import Plan
 from capsjax.run.processes import agree
 from capsjax.run.settings import (
-    INITIAL_WEIGHTS,
     from_json,
     read_settings,
     refuse_changes,

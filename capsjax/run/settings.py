@@ -9,11 +9,7 @@ import tyro
 
 from capsjax._pretrained import PRETRAINED
 from capsjax.presets import Training, check
-from capsjax.run.folder import read_config
-
-# Files in a run's folder: the weights it was given to begin with, if any, and those it ends with.
-INITIAL_WEIGHTS = "start.safetensors"
-FINAL_WEIGHTS = "weights.safetensors"
+from capsjax.run.folder import FINAL_WEIGHTS, INITIAL_WEIGHTS, read_config
 
 # Of no path, tyro would show the default as nothing at all.
 _Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]

@@ -15,7 +15,7 @@ from capsjax import weights
 from capsjax.checkpoint import Checkpoints
 from capsjax.run import loop
 from capsjax.run.command_line import parse
-from capsjax.run.settings import INITIAL_WEIGHTS
+from capsjax.run.folder import INITIAL_WEIGHTS
 from hooks import after_step, kill
 from tiny_run import (
     EXPERIMENT,
