@@ -54,11 +54,15 @@ def test_the_capsule_layer_has_routings_value_and_gradients(
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("leak", [False, True])
 @pytest.mark.parametrize(
-    ("classes", "scale"),
-    [(J, 1), (1, 1), (J, 300), (40, 1)],
-    ids=["", "one", "powers-that-must-not-overflow", "too-many-to-write-out"],
+    ("classes", "scale", "leak"),
+    [
+        pytest.param(J, 1, False, id="few"),
+        pytest.param(J, 1, True, id="few-leaky"),
+        pytest.param(1, 1, True, id="one-leaky"),
+        pytest.param(J, 300, True, id="powers-that-must-not-overflow-leaky"),
+        pytest.param(40, 1, False, id="too-many-to-write-out"),
+    ],
 )
 def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(
     rng, classes, scale, leak, dtype, monkeypatch

@@ -137,7 +137,9 @@ def sums_by_hand(output, x, labels, lam_recon) -> Any:
     return Sums(losses, correct, jnp.int32(len(labels)))
 
 
-@pytest.mark.parametrize(("lam_recon", "shift_pixels"), [(0.5, 1), (20.0, 0)])
+@pytest.mark.parametrize(
+    ("lam_recon", "shift_pixels"), [(0.5, 1), pytest.param(20.0, 0, marks=pytest.mark.slow)]
+)
 def test_three_steps_are_gather_shift_normalise_loss_and_adam(steps, lam_recon, shift_pixels):
     setup = dataclasses.replace(tiny.SETUP, task=Classification(lam_recon, shift_pixels))
     step = steps[0] if setup == tiny.SETUP else jit_steps(setup, MESH)[0]
