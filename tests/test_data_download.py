@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,16 @@ def test_a_folder_that_cannot_be_created_is_reported(monkeypatch, served, tmp_pa
         pytest.raises(data.DataError, match="could not be prepared"),
     ):
         data.load("mnist", tmp_path / "file" / "tfds", download=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_full_disk_is_not_blamed_on_the_network(monkeypatch, served, folder):
+    fetch = _download.fetch
+    monkeypatch.setattr(
+        _download, "fetch", lambda url, path, sha256: fetch(url, Path("/dev/full"), sha256)
+    )
+    with serve_mnist(monkeypatch, served):
+        assert_refused(folder, "could not be prepared here", "No space left on device", "make room")
 
 
 def test_a_data_set_outside_the_family_is_not_downloaded(folder):

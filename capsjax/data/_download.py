@@ -4,6 +4,7 @@ TFDS's own downloader sets no timeout: a stalled server blocks it for ever, and 
 process alive after Ctrl-C until the transfer has ended. Only its checksums are used here.
 """
 
+import errno
 import hashlib
 import http.client
 import threading
@@ -47,10 +48,13 @@ def fetch(url: str, path: Path, sha256: str | None) -> None:
 
     Raises:
       DataError: if the server refuses, stalls or breaks off, or the checksum is wrong.
+      OSError: if the disk is full.
     """
     try:
         expected, digest = _transfer(url, path)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise DataError(f"{url}: the download failed ({error}); {_ADVICE}") from error

@@ -27,26 +27,46 @@ INITIAL_WEIGHTS = "start.safetensors"
 FINAL_WEIGHTS = "weights.safetensors"
 
 
-def name_folder(dataset: str) -> Path:
-    """Names the folder of a run after the data set and the time."""
-    # Each process has its own clock; the first one's counts.
-    seconds = multihost_utils.broadcast_one_to_all(np.uint32(time.time()))
-    moment = datetime.datetime.fromtimestamp(int(seconds)).strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{dataset.replace('/', '-')}-{moment}"
+def create_folder(folder: Path, *, new: bool = False) -> None:
+    """Makes the folder of a run.
 
-
-def create_folder(folder: Path) -> None:
-    """Makes the folder of a new run.
+    Args:
+      folder: its path.
+      new: whether it must not be there yet.
 
     Raises:
       ValueError: if it is a file, or cannot be made.
+      FileExistsError: if it is there and must not be.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not new)
     except FileExistsError as error:
+        if new:
+            raise
         raise ValueError(f"--save-dir {folder} is no folder; name another one") from error
     except OSError as error:
         raise ValueError(f"--save-dir {folder} cannot be made: {error.strerror}") from error
+
+
+def create_named_folder(dataset: str) -> Path:
+    """Makes a folder for one run alone, named after the data set and the time.
+
+    Where several processes train together, the first one's clock counts, and it makes the folder.
+    """
+    seconds = int(time.time())
+    if jax.process_index() == 0:
+        while True:
+            try:
+                create_folder(_name_folder(dataset, seconds), new=True)
+                break
+            except FileExistsError:  # a loop may start several runs in one second
+                seconds += 1
+    return _name_folder(dataset, int(multihost_utils.broadcast_one_to_all(np.uint32(seconds))))
+
+
+def _name_folder(dataset: str, seconds: int) -> Path:
+    moment = datetime.datetime.fromtimestamp(seconds).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{dataset.replace('/', '-')}-{moment}"
 
 
 @contextlib.contextmanager

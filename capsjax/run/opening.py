@@ -18,10 +18,10 @@ from capsjax.networks._config_json import config_to_json
 from capsjax.run.folder import (
     INITIAL_WEIGHTS,
     create_folder,
+    create_named_folder,
     describe_provenance,
     holds_run,
     lock_folder,
-    name_folder,
     read_config,
     read_rows,
     refuse_results,
@@ -68,15 +68,17 @@ def open_run(plan: Plan, state: TrainState, stack: contextlib.ExitStack) -> Open
         another process is in it.
       OSError: if the folder cannot be written.
     """
-    run, first = plan.settings.run, jax.process_index() == 0
-    folder, notes = _choose_folder(plan), dict[str, Any]()
-    began = holds_run(folder)  # before any process gets past the next line and may begin it
+    run, first, notes = plan.settings.run, jax.process_index() == 0, dict[str, Any]()
+    named = run.resume or run.save_dir or (run.weights_folder if run.testing else None)
+    # Before any process gets past the next line and may begin it.
+    began = named is not None and holds_run(named)
     agree("settings", zlib.crc32(json.dumps(shared_settings(plan.settings)).encode()))
     agree("images", plan.fingerprint)
     if run.resume is not None:
         read_config(run.resume)  # a run must be there
     if run.weights_folder is not None:
         state = _load_weights(run.weights_folder, state)
+    folder = named or create_named_folder(plan.settings.images.dataset)
     if first:
         create_folder(folder)
         stack.enter_context(lock_folder(folder))
@@ -94,13 +96,6 @@ def open_run(plan: Plan, state: TrainState, stack: contextlib.ExitStack) -> Open
 def open_checkpoints(folder: Path) -> Checkpoints:
     """Opens the checkpoints of a run."""
     return Checkpoints(folder / "checkpoints")
-
-
-def _choose_folder(plan: Plan) -> Path:
-    """Returns the folder of the run: the one that is named, or else a new one."""
-    run = plan.settings.run
-    named = run.resume or run.save_dir or (run.weights_folder if run.testing else None)
-    return named or name_folder(plan.settings.images.dataset)
 
 
 def _begin(folder: Path, plan: Plan, state: TrainState) -> None:

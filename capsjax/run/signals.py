@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM: how a run receives them."""
 
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -19,6 +20,8 @@ class StopSignals:
     have to stop at the same one, since none can do a step without the others. JAX's coordination
     service catches SIGTERM in each and finds a moment that none has passed yet.
 
+    Python lets the main thread alone receive signals; in another thread none is collected.
+
     Args:
       collective: whether several processes train together.
     """
@@ -30,14 +33,17 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGINT] if self._collective else [signal.SIGINT, signal.SIGTERM]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._collective:
+        if self._collective and self._before:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._collective:
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> bool:

@@ -1,5 +1,6 @@
 """The folder of a run: its name, its lock, and the files that others write into it."""
 
+import concurrent.futures
 import contextlib
 import errno
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from capsjax.run import run
 from capsjax.run.command_line import parse
-from capsjax.run.folder import lock_folder, name_folder
+from capsjax.run.folder import create_named_folder, lock_folder
 from tiny_run import (
     EXPERIMENT,
     make_arguments,
@@ -23,9 +24,20 @@ from tiny_run import (
 )
 
 
-def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own():
-    folder = name_folder("emnist/letters")
+def test_a_slash_in_the_name_of_a_data_set_makes_no_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = create_named_folder("emnist/letters")
     assert re.fullmatch(r"runs/emnist-letters-\d{8}-\d{6}", str(folder))
+    assert folder.is_dir()
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        folders = list(pool.map(create_named_folder, ["mnist"] * 20))
+    assert len(set(folders)) == 20
+    assert sorted(tmp_path.glob("runs/*")) == sorted(tmp_path / folder for folder in folders)
 
 
 @pytest.mark.parametrize(

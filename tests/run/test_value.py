@@ -1,5 +1,6 @@
 """A run as a value: the same settings give the same result, and nothing is trained twice."""
 
+import concurrent.futures
 import dataclasses
 import signal
 from unittest import mock
@@ -80,6 +81,12 @@ def test_a_signal_ends_a_run_that_the_same_settings_continue(make_settings, plai
         run_without_pictures(make_settings())
     assert end.value.code == 143
     result = run_without_pictures(make_settings())
+    assert have_same_bits(read_arrays(result.folder), read_arrays(plain.folder))
+
+
+def test_a_run_in_another_thread_trains_to_its_end(make_settings, plain):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        result = pool.submit(run_without_pictures, make_settings()).result()
     assert have_same_bits(read_arrays(result.folder), read_arrays(plain.folder))
 
 
