@@ -20,7 +20,7 @@ def pretrained(name: str = "capsnet-mnist") -> Network:
         and licence.
 
     Returns:
-      The `Network`, in float32; the file holds float16.
+      The `Network` in evaluation mode, in float32; the file holds float16.
 
     Raises:
       ValueError: if there is no network of this name.

@@ -40,7 +40,7 @@ def primary_capsules(
         the types, which makes it 1/types.
 
     Returns:
-      u: [..., i, k] in the dtype of `x`, each capsule shorter than 1 (in 16 bits at most 1).
+      u: [..., i, k] in the dtype of `x`, each capsule shorter than 1, in 16 bits up to rounding.
 
     Raises:
       ValueError: if a shape does not fit, the channels (or values, if flat) are not a multiple of

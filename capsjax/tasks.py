@@ -153,12 +153,13 @@ class Classification:
                 return cross_entropy(scores, labels)
 
     def correct(self, output: Output, batch: Batch) -> jax.Array:
-        """Returns whether the k classes of highest score are the k of the label; k = 1 mostly."""
+        """Returns whether the k > 0 classes of highest score are the k of the label."""
         if batch.labels.ndim < output.scores.ndim:
             return output.predicted == batch.labels
         present = to_targets(batch.labels, output.scores.shape)
         rank = jnp.argsort(jnp.argsort(-output.scores, -1), -1)
-        return jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
+        right = jnp.all((rank < present.sum(-1, keepdims=True)) == (present > 0), -1)
+        return right & jnp.any(present > 0, -1)
 
 
 def _gather(images: Images, indices: ArrayLike) -> jax.Array:

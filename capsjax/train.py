@@ -144,8 +144,10 @@ def zero_sums(names: tuple[str, ...]) -> Sums:
 
 
 def merge(graphdef: nnx.GraphDef, state: TrainState) -> Network:
-    """Makes the network that counts: with the averaged parameters where there is an average."""
-    return _merge(graphdef, state.average or state.params, state.statistics)
+    """Makes the network that counts, in evaluation mode: of the averaged parameters, if any."""
+    model = _merge(graphdef, state.average or state.params, state.statistics)
+    model.eval()
+    return model
 
 
 def train_step(

@@ -106,7 +106,7 @@ def load(
       routings: iterations of routing; None: the file's, or 3 for weights of PyTorch.
 
     Returns:
-      The `Network`.
+      The `Network` in evaluation mode; `train()` lets it learn and drop out again.
 
     Raises:
       WeightsError: if the file is of another kind, truncated, altered, or holds more than weights;
@@ -341,7 +341,9 @@ def _build(
     except (TypeError, ValueError) as error:
         raise WeightsError(f"no network has these sizes: {error}") from error
     filled = jax.tree.map(jnp.asarray, fill(nnx.to_pure_dict(variables), dict(arrays)))
-    return nnx.merge(graphdef, nnx.State(filled))
+    model = nnx.merge(graphdef, nnx.State(filled))
+    model.eval()
+    return model
 
 
 def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ for matrix capsules (2018).
 
 References: LeCun, Huang, Bottou, "Learning Methods for Generic Object Recognition", 2004. Sabour,
 Frosst, Hinton, 2017, arXiv:1710.09829, §7. Hinton, Sabour, Frosst, "Matrix Capsules with EM
-Routing", ICLR 2018, §4.
+Routing", ICLR 2018, §5.
 """
 
 import dataclasses

@@ -196,8 +196,15 @@ def make_command(run: Run) -> str:
     for group, fields in to_json(settings).items():
         for name, value in fields.items():
             if value != defaults[group][name] or name == "seed":
-                words += [f"--{name.replace('_', '-')}", str(value)]
+                words += make_flag(name.replace("_", "-"), value)
     return shlex.join(words)
+
+
+def make_flag(name: str, value: Any) -> list[str]:
+    """Makes the words that set a flag to a value."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def find_defaults(experiment: Experiment, run: Run) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ Each trial changes one part of `control`, `elastic` one of `small-warps`. It tra
 for 12 epochs. Equal trials differ by about 0.05 points from seed to seed, so only large differences
 count. The losers stand in results/trials/ too; presets without a folder there are not trained yet.
 
-A trial takes 24 min on one core of an AMD EPYC (Python 3.13, JAX 0.12, bfloat16). Two at once, each
+A trial takes 28 min on one core of an AMD EPYC (Python 3.13, JAX 0.12, bfloat16). Two at once, each
 on a core of its own (`taskset -c 0`), train 1.4 times as many images/s as one on both cores.
 """
 

@@ -118,7 +118,12 @@ def test_a_file_of_weights_keeps_the_statistics_to_the_bit(tmp_path, monkeypatch
     ours, theirs = weights.arrays_of(loaded), weights.arrays_of(model)
     assert {"norm.mean", "norm.var", "norm.scale", "norm.bias"} < ours.keys()
     chex.assert_trees_all_equal(ours, theirs)
-    chex.assert_trees_all_equal(capsjax.predict(loaded, IMAGES), capsjax.predict(model, IMAGES))
+    prediction = capsjax.predict(loaded, IMAGES)
+    chex.assert_trees_all_equal(prediction, capsjax.predict(model, IMAGES))
+    # It is in evaluation mode: a call gives the same scores and moves no statistics.
+    scores = loaded(IMAGES.astype(np.float32) / 255).scores
+    np.testing.assert_allclose(scores, prediction.scores, rtol=1e-5)
+    chex.assert_trees_all_equal(weights.arrays_of(loaded), theirs)
 
 
 def test_a_checkpoint_keeps_the_statistics_to_the_bit(tmp_path, trained):

@@ -195,6 +195,18 @@ def test_labels_that_do_not_fit_are_an_error_in_words(lengths, labels, message, 
         call(jnp.ones(lengths), labels)
 
 
+@pytest.mark.parametrize("number", [-1, J])
+@pytest.mark.parametrize("function", [capsjax.margin_loss, capsjax.cross_entropy, capsjax.mask])
+def test_a_class_number_out_of_range_is_refused_where_it_is_known(function, number):
+    labels, scores = np.array([0, number]), jnp.ones((2, J))
+    arguments = (jnp.ones((2, J, 3)),) if function is capsjax.mask else (scores,)
+    with pytest.raises(ValueError, match=f"4 classes are 0 to 3, got {number}"):
+        function(*arguments, labels)
+    none = np.eye(J)[[0, 0]] * [[1], [0]]
+    jitted = jax.jit(function)(*arguments, labels)
+    np.testing.assert_allclose(jitted, function(*arguments, none), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("loss", "shape", "message"),
     [

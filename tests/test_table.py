@@ -145,6 +145,7 @@ def test_a_run_that_has_not_ended_does_not_count(tmp_path):
         ("mnist", "--preset efficient --epochs 3"),
         ("mnist", "--preset cnn"),
         ("mnist", "--preset best --routing uniform"),
+        ("mnist", "--dataset fashion_mnist --download"),
         ("trials", "--preset gradient --validation 10000 --precision bfloat16"),
         ("multi_mnist", "--routings 1 --test-pairs 500"),
         ("multi_mnist", "--preset cnn-paper --precision bfloat16 --epochs 5"),

@@ -159,7 +159,9 @@ def test_losses_that_are_not_one_number_an_example_or_lack_a_total_are_refused(k
 
 
 def is_right(scores, present) -> bool:
-    """Whether the k highest scores, of equal ones the first, are those of the k classes."""
+    """Whether the k > 0 highest scores, of equal ones the first, are those of the k classes."""
+    if not any(present):
+        return False
     ranking = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
     return set(ranking[: sum(present)]) == {j for j, there in enumerate(present) if there}
 

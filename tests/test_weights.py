@@ -43,7 +43,9 @@ def predict(model):
 
 
 def assert_same_network(ours, theirs) -> None:
-    """Asserts that two networks have one graph and give the same bits."""
+    """Asserts that two networks have one graph and give the same bits, and ours evaluates."""
+    theirs = nnx.clone(theirs)
+    theirs.eval()
     assert nnx.split(ours)[0] == nnx.split(theirs)[0]
     images, expected = predict(theirs)
     for one, other in zip(capsjax.predict(ours, images), expected, strict=True):

@@ -44,7 +44,7 @@ class MatrixVotes:
       ((128, 10, 144, 16), (128, 10, 16))
 
     References:
-      Hinton, Sabour, Frosst, "Matrix capsules with EM routing", 2018, §3.
+      Hinton, Sabour, Frosst, "Matrix capsules with EM routing", 2018, §2.
     """
 
     def __init__(self, poses: ArrayLike, weight: ArrayLike, offset: ArrayLike | None = None):

@@ -43,7 +43,8 @@ def routing(
     Args:
       votes: û [..., j, i, d], of any float dtype, from `predictions`, or `DenseVotes`, which are
         never made; sums run in float32.
-      routings: the number of iterations, a Python int of 1 or more. With 1 all couplings are 1/J.
+      routings: the number of iterations, a Python int of 1 or more. With 1 all couplings are 1/J,
+        with a leak 1/(J + 1).
       bias: [j, d], added to s in every iteration, as in the authors' released code.
       leak: lets an input capsule leave a part of itself to no output capsule, as if there were one
         more, whose logit stays 0: c_ji = e^b_ji / (1 + Σ_j e^b_ji).

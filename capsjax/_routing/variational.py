@@ -25,7 +25,7 @@ class VariationalState(NamedTuple):
 
     poses: jax.Array  # m [..., j, d]
     evidence: jax.Array  # −π_j H_j [..., j]: batch norm and a sigmoid make it an activation
-    responsibilities: jax.Array  # R [..., j, i]: with which it was fitted; Σ_j R = 1
+    responsibilities: jax.Array  # R [..., j, i]: of its fit; Σ R = 1 over all that compete
 
 
 def variational_routing(

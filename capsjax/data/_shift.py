@@ -73,7 +73,7 @@ def crop(key: jax.Array | None, images: jax.Array, size: int) -> jax.Array:
       (2, 32, 32, 2)
 
     References:
-      Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing", ICLR 2018, §4.
+      Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing", ICLR 2018, §5.
     """
     if images.ndim != 4:
         raise ValueError(f"crop: expected images [B, H, W, C], got shape {images.shape}")
