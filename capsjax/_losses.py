@@ -65,7 +65,7 @@ def spread_loss(activations: ArrayLike, labels: ArrayLike, margin: ArrayLike) ->
     Args:
       activations: a [..., j], of any float dtype.
       labels: class numbers t [...], or one-hot or k-hot labels T [..., j].
-      margin: m, a scalar. It is an array, so that a margin that grows with the step compiles once.
+      margin: m, a scalar array, so that raising it compiles nothing anew.
 
     Returns:
       The loss of each example, [...], float32.

@@ -53,11 +53,11 @@ def extract_windows(u: ArrayLike, size: int, strides: int = 1) -> jax.Array:
 
 
 def logsumexp_over_windows(logs: ArrayLike, size: int, strides: int = 1) -> jax.Array:
-    """Adds up, for each capsule, the numbers that its windows hold for it, given as logarithms.
+    """Computes, for each capsule, the log-sum-exp over all windows that hold it.
 
     result[..., y', x', i] = log Σ e^logs over all windows, and their i, of the same capsule
 
-    Without overflow, and with its gradient.
+    It does not overflow and is differentiable.
 
     Args:
       logs: [..., y', x', n·n·i], finite, in the order of `extract_windows`.

@@ -50,7 +50,7 @@ class Training:
     lr: float = 1e-3
     """Adam's initial learning rate."""
     lr_decay: float | None = 0.9
-    """Factor on the rate per epoch. None: a cosine to 0 (paper, cnn-paper: 0.96^150 in all)."""
+    """Factor on the rate per epoch. None: a cosine to 0 (paper, cnn-paper: 0.96^150 in the end)."""
     loss: Loss = "margin"
     """Loss of the class scores."""
     margin_steps: int = 10_000
@@ -70,7 +70,7 @@ class Training:
     average: float | None = None
     """Decay of a moving average of the weights, which evaluation then uses. None: no average."""
     target: float | None = None
-    """Stop after the first epoch whose validation accuracy, in %, reaches this. None: after all."""
+    """Stop after the first epoch whose validation accuracy, in %, reaches this. None: never."""
 
     def __post_init__(self) -> None:
         kinds = {field.name: field.type for field in dataclasses.fields(self)}

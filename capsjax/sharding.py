@@ -51,7 +51,7 @@ def make_mesh(batch_size: int, devices: int | None = None) -> Mesh:
         raise ValueError(f"{devices} devices asked for, {len(found)} found ({platform}){remedy}")
     if together and devices < len(found):
         raise ValueError(
-            f"{devices} devices asked for, but {len(found)} of all processes take part"
+            f"{devices} devices asked for, but several processes use all {len(found)} of theirs"
         )
     if batch_size % devices:
         raise ValueError(f"{devices} devices do not divide a batch of {batch_size} images evenly")

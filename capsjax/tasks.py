@@ -51,7 +51,7 @@ class Task(Protocol):
         """Makes a batch for evaluation, without randomness."""
 
     def count_tests(self, images: int) -> int:
-        """Returns how many examples `test_batch` makes of so many test images; indices count up."""
+        """Returns how many test examples there are of these images; they are numbered from 0."""
 
     def forward(self, model: Network, batch: Batch, labels: jax.Array | None) -> Output:
         """Calls the network; `labels` are what its decoder may know, None in evaluation."""
@@ -74,7 +74,7 @@ class Classification:
       shift_pixels: the largest shift of a training image in each direction, in pixels.
       rotation: the largest rotation of a training image either way, in degrees.
       shear: the largest shear either way, in degrees.
-      zoom: the largest change of scale, along rows and columns by itself; 0.2 for 0.8 to 1.2.
+      zoom: the largest change of scale, drawn apart for rows and columns; 0.2 for 0.8 to 1.2.
       elastic: the standard deviation of a smooth distortion, in pixels.
       loss: the score loss: "margin", "spread" or "cross_entropy".
       margin_steps: the steps over which the spread loss's margin rises linearly from 0.2 to 0.9.

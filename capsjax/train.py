@@ -144,7 +144,7 @@ def zero_sums(names: tuple[str, ...]) -> Sums:
 
 
 def merge(graphdef: nnx.GraphDef, state: TrainState) -> Network:
-    """Makes the network that counts, in evaluation mode: of the averaged parameters, if any."""
+    """Makes the network, in evaluation mode, from the averaged parameters if there are any."""
     model = _merge(graphdef, state.average or state.params, state.statistics)
     model.eval()
     return model
@@ -223,7 +223,7 @@ def eval_step(
 
     Args:
       setup: the static part.
-      state: its average counts, or its parameters where there is none.
+      state: its averaged parameters are evaluated, if it has any.
       images: the whole data set, uint8 [N, H, W, C], an array or `sharding.PlacedImages`.
       labels: int32 [N].
       indices: int32 [B].

@@ -106,7 +106,7 @@ def load(
       routings: iterations of routing; None: the file's, or 3 for weights of PyTorch.
 
     Returns:
-      The `Network` in evaluation mode; `train()` lets it learn and drop out again.
+      The `Network` in evaluation mode; its method `train()` puts it into training mode.
 
     Raises:
       WeightsError: if the file is of another kind, truncated, altered, or holds more than weights;

@@ -2,13 +2,13 @@
 
 python experiments/ablation.py
 
-Each network trains as the preset `seed` does, but on 10,000 training digits for 10 epochs, so that
-all 27 runs take a few hours on a CPU; the error is that of all 10,000 test digits after the last
-epoch. The runs go from seed to seed. Stopped and started again, the command continues where it was,
-to the bit. With one iteration of routing the couplings are uniform; random couplings are the same
-with every seed. Only differences larger than the spread mean anything, and a longer training may
-rank the parts differently: 10 epochs of 10,000 digits are 1,000 steps, and the paper trains for
-300,000.
+Each network trains by the preset `seed`, but on 10,000 training digits for 10 epochs, so that all
+27 runs take a few hours on a CPU; the error is that of all 10,000 test digits after the last epoch.
+All networks are trained with one random seed before the next is begun. Stopped and started again,
+the command continues where it was, to the bit. With one iteration of routing the couplings are
+uniform; random couplings are the same with every seed. Only differences larger than the spread mean
+anything, and a longer training may rank the parts differently: 10 epochs of 10,000 digits are 1,000
+steps, and the preset `paper` takes 300,000.
 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829,
 table 1: with reconstruction 0.29 % with one iteration and 0.25 % with three, without it 0.34 % and

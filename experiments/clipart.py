@@ -5,9 +5,8 @@ python experiments/clipart.py /usr/share/openclipart/png /tmp/clipart
 python experiments/mnist.py --dataset clipart --data-dir /tmp/clipart --preset best
 
 Of each of five categories 300 drawings are taken at random and scaled to fit into 32 × 32 pixels on
-white; 240 are for training and 60 for tests: far fewer than CapsNet needs, which after 100 epochs
-in batches of 32 misreads 35 % of the tests, where guessing misreads 80 %. Open Clip Art is in the
-public domain.
+white; 240 are for training and 60 for tests. CapsNet needs far more: after 100 epochs in batches of
+32 it misreads 35 % of the tests (guessing: 80 %). Open Clip Art is in the public domain.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ leaves its error by epoch, reconstructions, perturbations of a capsule, the digi
 what its capsules and their couplings do.
 
 One epoch of the preset `seed` (`--epochs 1`) takes 106 s on 2 cores of an AMD EPYC (Python 3.13,
-JAX 0.12, float32) and ends with a test error of 1.25 %. The paper reports 0.25 % after 640 epochs.
+JAX 0.12, float32) and ends with a test error of 1.25 %. The paper reports 0.25 %.
 
 Reference: Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", 2017, arXiv:1710.09829.
 """
@@ -22,7 +22,7 @@ from capsjax.run import Experiment, main
 MNIST = Experiment(
     description="Train a capsule network on images, test it, and draw what it learnt.",
     presets={
-        "seed": SEED,  # the widespread re-implementation; the default
+        "seed": SEED,  # as XifengGuo/CapsNet-Pytorch trains; the default
         "paper": PAPER,  # the authors' released code
         "best": BEST,  # seed with warped images and averaged weights
         "efficient": EFFICIENT,  # Efficient-CapsNet, trained as best trains CapsNet

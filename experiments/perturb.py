@@ -23,8 +23,8 @@ SCALE = 2  # screen pixels for a pixel
 
 @dataclasses.dataclass(frozen=True)
 class Perturb:
-    """Draws each test digit beside its reconstruction and eleven perturbations of its capsule: the
-    number that changes the drawing most is moved from -0.25 to 0.25."""
+    """Draws each test digit beside its reconstruction and eleven perturbations of its capsule:
+    -0.25 to 0.25 is added to the number that changes the drawing most."""
 
     weights: tyro.conf.Positional[Path] = Path("capsnet-mnist")
     """A network for MNIST: a file, or a pretrained one."""

@@ -28,9 +28,9 @@ It reads handwritten digits: images [28, 28, 1], white on black, in 10 classes.
 **Error.** {error:.2f} % ({wrong} of {examples:,} MNIST test digits), measured with these weights in
 float16; the run that made them ended with {last:.2f} % in {precision}.
 
-**Data.** {trained_on:,} training digits of MNIST. Nothing was chosen by test digits.
+**Data.** {trained_on:,} training digits of MNIST. Test digits were used for no choice.
 
-**Recipe.** The code of commit {commit}, by what is now the command:
+**Recipe.** Commit {commit} trained it; today's command is:
 
 ```
 {command}

@@ -115,7 +115,8 @@ def read_tests(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
-    """Makes a table in Markdown of rows by column; what a row does not have is left empty."""
+    """Makes a table in Markdown of rows by column, without columns of which no row has anything."""
+    columns = [column for column in columns if any(row.get(column) for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

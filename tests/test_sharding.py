@@ -168,7 +168,7 @@ def test_processes_that_train_together_use_all_their_devices(monkeypatch):
     assert make.call_args.args[0] == (8,)
     with pytest.raises(ValueError, match="8 devices do not divide a batch of 100"):
         make_mesh(100)
-    with pytest.raises(ValueError, match="4 devices asked for, but 8 of all processes take part"):
+    with pytest.raises(ValueError, match="4 devices asked for, but several processes use all 8"):
         make_mesh(16, 4)
 
 

@@ -94,10 +94,10 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     rows = [table.make_test_row(test) for test in table.read_tests(tmp_path)]
     made = table.make_table(table.COLUMNS, rows)
     assert made.splitlines()[2:] == [
-        "|  | an ensemble |  "
-        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 |  |  "
+        "| an ensemble "
+        "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 "
         "| 1 × gpu (NVIDIA H100), JAX 0.12, commit abc1234 |"
-    ]
+    ]  # without the columns that no row fills
 
 
 def test_a_run_that_reached_its_target_counts_and_tells_how_much_it_misread_of_what_was_held_out(

@@ -13,9 +13,8 @@ class Routing(Protocol):
     `initial_bias` lets the layer own one array that training adapts, of any shape.
     A saved network stores `name` and the fields, which JSON must hold; a process that loads it
     finds the class in `capsjax.ROUTINGS[name]`. `--routings` sets the field `iterations`, if any.
-    `capsjax.diagnostics` takes the first iteration for the layer without its routing, and looks at
-    the result of a method `couplings`, if there is one: for the arguments of `__call__`, the
-    shares c [..., j, i] of each input capsule.
+    A method `couplings`, if any, takes the arguments of `__call__` and returns c [..., j, i] for
+    `capsjax.diagnostics`, which regards the first iteration as the layer without routing.
 
     Example:
       >>> import dataclasses

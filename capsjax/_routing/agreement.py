@@ -46,8 +46,8 @@ def routing(
       routings: the number of iterations, a Python int of 1 or more. With 1 all couplings are 1/J,
         with a leak 1/(J + 1).
       bias: [j, d], added to s in every iteration, as in the authors' released code.
-      leak: lets an input capsule leave a part of itself to no output capsule, as if there were one
-        more, whose logit stays 0: c_ji = e^b_ji / (1 + Σ_j e^b_ji).
+      leak: adds an output capsule whose logit stays 0 and which is left out of the result:
+        c_ji = e^b_ji / (1 + Σ_j e^b_ji).
       stop_gradient: lets the gradient flow through the last iteration only, as if the couplings
         were constants. False: through every iteration, as in the authors' released code.
 

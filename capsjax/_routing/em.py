@@ -58,17 +58,18 @@ def em_routing(
     number.
 
     Args:
-      votes: V [..., j, i, d], of any float dtype, an array or `DenseVotes`; computed in float32.
+      votes: V [..., j, i, d], of any float dtype, an array, `DenseVotes` or `MatrixVotes`; computed
+        in float32.
       activations: a [..., i] of the input capsules, from 0 to 1.
       beta_u: [j], the cost of describing one vote by the capsule, for each of the d numbers.
-      beta_a: [j], what a capsule may cost before it is active.
+      beta_a: [j], the cost at which the activation is ½; a cheaper capsule is more active.
       routings: the number of M-steps, a Python int of 1 or more.
       inverse_temperature: a scalar, the limit of λ, which is inverse_temperature · (1 − 0.95^t) in
         the M-step t = 1, 2, ….
       min_variance: is added to σ², which is 0 for a capsule with a single vote; above 0.
-      mass: weighs Σ_i r_ji, so that one λ suits layers with many votes per output capsule and with
-        few; None: 100 J / I, as in IBM's code, which does not count that an input capsule of
-        several windows shares itself out among all of them. 1: as in the paper.
+      mass: a factor on Σ_i r_ji, so that one λ suits layers with many and with few votes per output
+        capsule. 1: the paper's. None: IBM's 100 J / I, which ignores that several windows may share
+        an input capsule.
       over_windows: `capsjax.logsumexp_over_windows` with the size and the stride of the windows;
         None: each input capsule has its J output capsules for itself.
 

@@ -31,7 +31,7 @@ def warp(
       images: [B, H, W, C], of any dtype.
       rotation: limit of θ, in degrees.
       shear: limit of φ, the slant of vertical lines, in degrees.
-      zoom: limit of |z − 1|, along rows and columns by itself.
+      zoom: limit of |z − 1|, drawn apart for rows and columns.
       shift: limit of |t|, in pixels.
       elastic: standard deviation of both numbers of e, in pixels.
 

@@ -1,6 +1,6 @@
 """Couplings in numbers: how far they are from equal, and how much they depend on the example.
 
-A parse tree would bind every input capsule to one output capsule, to another one in another image:
+In a parse tree each input capsule would belong to one output capsule, which changes with the image:
 entropy 0, bonding 1, dynamics 1. Equal couplings have entropy 1 and all else 0.
 """
 

@@ -26,10 +26,9 @@ class ConvCaps(nnx.Module):
       routings: iterations of routing by agreement, or any `capsjax.Routing`.
       kernel_size: n, the side of a window, in positions.
       strides: s, the step between neighbouring windows, in positions.
-      weight_init: of W [j, n·n·i, d, k]; by default N(0, 1) · 3 J / √(n·n·i·d), with which a stack
-        of layers keeps the length of its capsules: of unit capsules, equally coupled, the sums are
-        3 long. A factor below 2 would let lengths shrink to 0 from layer to layer; with 3 they
-        settle at 0.87.
+      weight_init: of W [j, n·n·i, d, k]; by default N(0, 1) · 3 J / √(n·n·i·d), where J is the
+        number of j. Equally coupled unit capsules then have sums of length 3, and the lengths in a
+        stack of layers settle at 0.87; with less than 2 in place of 3 they would shrink to 0.
       rngs: its stream `params` draws the initial values.
 
     Raises:

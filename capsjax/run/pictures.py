@@ -81,9 +81,9 @@ def _write_capsules(
         print("pictures  no capsules: this network has none")
         return
     if not found.layers:
-        print("pictures  no capsules but those of the classes: no layer of capsjax.nn routes them")
+        print("pictures  only class capsules: this network has no capsule layer of capsjax.nn")
     elif not found.couplings:
-        print("pictures  no couplings: the routing of the last capsule layer does not tell them")
+        print("pictures  no couplings: the routing of the last capsule layer does not return them")
     write(viz.capsules(found, class_names), folder / "capsules.png")
 
 

@@ -32,7 +32,7 @@ class Recipe:
     preset: str = "seed"
     """Recipe: one of the presets named above."""
     network: str | None = None
-    """capsnet, efficient, matrix or cnn: its first preset, if any. None: --preset tells it."""
+    """capsnet, efficient, matrix or cnn, with its first preset. None: as --preset says."""
     routing: str | None = None
     """agreement, self_attention, uniform or random. None: as the preset's network has it."""
     routings: int | None = None
@@ -40,7 +40,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's computations. Parameters and sums are always float32."""
     seed: int = 0
-    """Random seed of initial weights, batch order and shifts."""
+    """Random seed of weights, batches, warps, and the choice of training images."""
 
     def __post_init__(self) -> None:
         routings = self.routings
@@ -127,8 +127,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Started on each of several hosts, the same command trains one network on the devices of all,
-    which together must divide the batch. The hosts need the same images and a folder to which all
+    """Start the same command on several hosts to train one network on all their devices, whose
+    number must divide the batch size. The hosts need the same images and a folder to which all
     can write. If one process dies, the others end within a minute. --resume continues with any
     number of processes: with the same number to the bit (on CPUs), else up to rounding."""
 
@@ -154,7 +154,7 @@ class Processes:
             case _:
                 raise ValueError("--coordinator, --num-processes and --process-id go together")
         if self.distributed:
-            raise ValueError("--distributed finds out what --coordinator and the others would say")
+            raise ValueError("--distributed finds --coordinator and the others: leave them out")
 
 
 @dataclasses.dataclass(frozen=True)

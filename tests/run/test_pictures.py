@@ -119,7 +119,7 @@ def test_without_decode_perturbations_are_left_out_and_it_is_said(tmp_path, caps
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES) - {"perturbations.png"}
     printed = capsys.readouterr().out
     assert "no perturbations: Drawing does not define decode" in printed
-    assert "no capsules but those of the classes: no layer of capsjax.nn routes them" in printed
+    assert "only class capsules: this network has no capsule layer of capsjax.nn" in printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_what_a_network_does_not_tell_of_its_capsules_is_left_out_and_it_is_said
     x, y = make_images(2, shape), np.array([0, 1], np.int32)
     untold, plain = make_network(shape, 2, routing=Untold()), Plain(None, shape, 2)
     for model, said, drawn in [
-        (untold, "no couplings: the routing of the last capsule layer does not tell them", True),
+        (untold, "no couplings: the routing of the last capsule layer does not return them", True),
         (plain, "no capsules: this network has none", False),
     ]:
         pictures.write_pictures(tmp_path, model, x, y, y, "01", [])

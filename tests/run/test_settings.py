@@ -240,7 +240,7 @@ def test_none_is_refused_where_it_means_nothing(refused, flag):
         ),
         (
             {"coordinator": "h:1", "num_processes": 1, "process_id": 0, "distributed": True},
-            ["--distributed finds out"],
+            ["--distributed finds --coordinator"],
         ),
         ({"devices": 3, "batch_size": 10}, ["3 devices do not divide a batch of 10"]),
         ({"devices": 9, "batch_size": 9}, ["9 devices asked for, 8 found"]),
