@@ -1,6 +1,8 @@
 """Gives every test eight CPU devices, a home of its own, and errors for rank promotion."""
 
+import itertools
 import os
+import re
 
 # Before jax starts. Tests compare with float64 and place arrays on eight devices: a CPU's work.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,10 +52,24 @@ def _compiled_programs(shared_folder):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_collection_modifyitems(items):
+    """Makes long tests of the examples in docstrings, which run one operation after another."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _home(tmp_path_factory, monkeypatch):
+def _home(_homes, monkeypatch):
     """Hides what the user keeps at home."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(_homes)
+    home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tensorflow_datasets"))
@@ -65,17 +81,41 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=[jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+# Not all combinations, since each is compiled.
+FORMS = [("eager", (3, 2)), ("jit", ()), ("jit", (2,)), ("jit", (3, 2)), ("vmap", (3, 2))]
+
+
+def pytest_generate_tests(metafunc):
+    """Tests each form in float32 and one of them in bfloat16; without forms, both dtypes."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    given = {name for mark in marks for name in _split(mark.args[0])}
+    names = [name for name in ("_form", "dtype") if name in {*metafunc.fixturenames} - given]
+    cases = {
+        "_form": [(form,) for form in FORMS],
+        "dtype": [(jnp.float32,), (jnp.bfloat16,)],
+        "_form dtype": [*((form, jnp.float32) for form in FORMS), (FORMS[3], jnp.bfloat16)],
+    }
+    if names:
+        metafunc.parametrize(names, cases[" ".join(names)], ids=_name, indirect=True)
+
+
+def _split(names) -> list[str]:
+    return re.findall(r"\w+", names) if isinstance(names, str) else list(names)
+
+
+def _name(value) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]}-{len(value[1])}-leading-axes"
+    return value.__name__
+
+
+@pytest.fixture
 def dtype(request):
     """Returns a float dtype."""
     return request.param
 
 
-# Not all pairs, since each is compiled.
-FORMS = [("eager", (3, 2)), ("jit", ()), ("jit", (2,)), ("jit", (3, 2)), ("vmap", (3, 2))]
-
-
-@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{len(form[1])}-leading-axes")
+@pytest.fixture
 def _form(request):
     return request.param
 

@@ -28,23 +28,19 @@ def bias(rng):
     return jnp.asarray(rng.normal(size=(J, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("order", ["_map_together", "_map_in_turn"])
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_the_capsule_layer_has_routings_value_and_gradients(
-    rng, bias, order, stop_gradient, monkeypatch
-):
-    monkeypatch.setattr(_dense_votes, "_map_by_platform", getattr(_dense_votes, order))
+# In turn they are tested by test_routings.py and, where the gradient flows, below.
+def test_classes_together_have_routings_value_and_gradients(rng, bias, monkeypatch):
+    monkeypatch.setattr(_dense_votes, "_map_by_platform", _dense_votes._map_together)
     weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)
     u = jnp.asarray(rng.normal(size=(2, N, K)), jnp.float32)
     cotangent = jnp.asarray(rng.normal(size=(2, J, D)), jnp.float32)
-    options = {"routings": 3, "stop_gradient": stop_gradient}
 
     def layer(u, weight, bias):
-        v = capsjax.dense_capsules(u, weight, bias=bias, **options)
+        v = capsjax.dense_capsules(u, weight, bias=bias)
         return jnp.vdot(v, cotangent), v
 
     def composed(u, weight, bias):
-        v = capsjax.routing(capsjax.predictions(u, weight), bias=bias, **options)
+        v = capsjax.routing(capsjax.predictions(u, weight), bias=bias)
         return jnp.vdot(v, cotangent), v
 
     results = [
@@ -55,13 +51,15 @@ def test_the_capsule_layer_has_routings_value_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("classes", "scale", "leak"),
+    ("classes", "scale", "leak", "dtype"),
     [
-        pytest.param(J, 1, False, id="few"),
-        pytest.param(J, 1, True, id="few-leaky"),
-        pytest.param(1, 1, True, id="one-leaky"),
-        pytest.param(J, 300, True, id="powers-that-must-not-overflow-leaky"),
-        pytest.param(40, 1, False, id="too-many-to-write-out"),
+        pytest.param(J, 1, False, jnp.float32, id="few"),
+        pytest.param(J, 1, False, jnp.bfloat16, id="few, bfloat16"),
+        pytest.param(J, 1, True, jnp.float32, id="few, leaky"),
+        pytest.param(1, 1, True, jnp.float32, id="one, leaky"),
+        pytest.param(J, 300, True, jnp.float32, id="powers that must not overflow, leaky"),
+        pytest.param(40, 1, False, jnp.float32, id="too many to write out"),
+        pytest.param(40, 1, False, jnp.bfloat16, id="too many to write out, bfloat16"),
     ],
 )
 def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(
@@ -74,7 +72,7 @@ def test_a_gpus_form_of_the_layer_has_the_same_value_and_gradients(
     def differentiate():
         def layer(u, weight):
             votes = capsjax.DenseVotes(u, weight)
-            state = capsjax.routing_state(votes, leak=leak, stop_gradient=False)
+            state = capsjax.routing_state(votes, 2, leak=leak, stop_gradient=False)
             return jnp.vdot(state.capsules.astype(jnp.float32), cotangent), state
 
         return jax.jit(jax.grad(layer, (0, 1), has_aux=True))(u, weight)

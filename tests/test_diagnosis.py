@@ -257,13 +257,12 @@ def test_scores_that_are_no_lengths_are_those_of_the_network():
             output = super().__call__(images)
             return output._replace(scores=output.scores / 2)
 
-    net = draw_arrays(
-        lambda: Doubled(make_normalised().config, IMAGE, NUM_CLASSES, rngs=nnx.Rngs(0))
-    )
+    net = Doubled(make_normalised().config, IMAGE, NUM_CLASSES, rngs=nnx.Rngs(0))
     x, y = make_images()
     found = diagnostics.diagnose(net, x, y)
     expected = diagnostics.score_histogram(capsjax.predict(net, x).scores, y)
     (scores,) = found.scores
+    assert scores.histogram.present.sum() == len(x)
     np.testing.assert_array_equal(scores.histogram.present, expected.present)
     assert len(found.couplings) == 3
 

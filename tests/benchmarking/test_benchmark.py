@@ -43,8 +43,7 @@ def test_contenders_take_turns_and_a_missing_library_is_named(capsys, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", benchmark.NETWORKS)
 def test_each_network_computes_what_it_does_in_pytorch(network, inputs):
-    settings = benchmark.Benchmark(batch_size=8, rounds=1, steps=1)
-    results = benchmark.time_network(network, settings, inputs)  # stops if the losses differ
+    results = benchmark.time_network(network, SHORT, inputs)  # stops if the losses differ
     assert list(results) == list(benchmark.NETWORKS[network])
 
 
@@ -81,20 +80,20 @@ def test_the_second_start_finds_the_compiled_step():
 @pytest.mark.parametrize("library", ["capsjax", pytest.param("torch", marks=NEEDS_TORCH)])
 def test_a_whole_process_is_measured_from_outside(library, tmp_path, monkeypatch):
     inputs = tmp_path / "inputs.npz"
-    write_inputs(inputs, 256)
+    write_inputs(inputs, 64)
     # Fewer test images than MNIST has.
     if library == "capsjax":
-        flags = ["--data-dir", str(write_npz(tmp_path / "digits.npz", digits(train=256)))]
+        flags = ["--data-dir", str(write_npz(tmp_path / "digits.npz", digits(train=64)))]
         make = whole._make_command
         monkeypatch.setattr(whole, "_make_command", lambda *a: [*make(*a), *flags])
     else:
         arrays = dict(np.load(inputs))
         few = {name: arrays[name][:100] for name in ("x_test", "y_test")}
         write_npz(inputs, arrays | few)
-    result = measure_whole(Contender(library, batch_size=128), inputs, (128, 256))
+    result = measure_whole(Contender(library, batch_size=32), inputs, (32, 64))
     assert result.seconds > 1
     assert result.memory > 300
-    tables.show_whole({library: result._asdict()}, (128, 256))
+    tables.show_whole({library: result._asdict()}, (32, 64))
 
 
 def test_the_peak_is_that_of_the_process_and_not_of_the_one_that_starts_it(tmp_path):

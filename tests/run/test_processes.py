@@ -1,7 +1,6 @@
 """Several real processes over loopback train one network: they end and continue together."""
 
 import contextlib
-import functools
 import os
 import re
 import shutil
@@ -47,7 +46,7 @@ def start(folder):
 
     @contextlib.contextmanager
     def start(
-        n: int, seconds: float = 0.0, slurm=False, of_second=None, local_devices=1, **flags
+        n: int, seconds=0.0, slurm=False, of_second=None, local_devices=1, draw=False, **flags
     ) -> Iterator[list[subprocess.Popen]]:
         if not flags.keys() & {"resume", "testing"}:
             flags = {"data_dir": data, "epochs": EPOCHS, "batch_size": 12, **flags}
@@ -66,6 +65,7 @@ def start(folder):
                 ),
                 env=environment
                 | {"JAX_NUM_CPU_DEVICES": str(local_devices)}
+                | ({"DRAW": "1"} if draw else {})
                 | (make_slurm_environment(n, number) if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -132,22 +132,11 @@ def read_losses(folder: Path) -> list[list[float]]:
     return [[float(row[name]) for name in names] for row in read_rows(folder)]
 
 
-@pytest.fixture(scope="module")
-def one_epoch(start, folder):
-    """Trains one epoch in any number of processes and returns the folder."""
-
-    @functools.cache
-    def one_epoch(n: int) -> Path:
-        with start(n, save_dir=folder / f"one-epoch-{n}", epochs=1) as processes:
+def test_four_processes_give_the_metrics_of_one(start, folder):
+    one, together = folder / "one-epoch-1", folder / "one-epoch-4"
+    for n, save_dir in ((1, one), (4, together)):
+        with start(n, save_dir=save_dir, epochs=1, draw=True) as processes:
             assert wait_for(processes)[0][0] == 0
-        return folder / f"one-epoch-{n}"
-
-    return one_epoch
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_processes_together_give_the_metrics_of_one(one_epoch, n):
-    one, together = one_epoch(1), one_epoch(n)
     np.testing.assert_allclose(read_losses(together), read_losses(one), rtol=0, atol=1e-4)
     for file in ("metrics.csv", "weights.safetensors", "reconstructions.png"):
         assert (together / file).is_file()
