@@ -43,7 +43,8 @@ def test_contenders_take_turns_and_a_missing_library_is_named(capsys, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", benchmark.NETWORKS)
 def test_each_network_computes_what_it_does_in_pytorch(network, inputs):
-    results = benchmark.time_network(network, SHORT, inputs)  # stops if the losses differ
+    settings = dataclasses.replace(SHORT, batch_size=8)  # two images drift apart in bfloat16
+    results = benchmark.time_network(network, settings, inputs)  # stops if the losses differ
     assert list(results) == list(benchmark.NETWORKS[network])
 
 
