@@ -62,13 +62,6 @@ def test_the_average_is_that_of_a_loop_whose_decay_rises_to_the_one_asked_for(av
     assert min(jax.tree.leaves(apart)) > 1e-4
 
 
-def test_a_decay_that_is_not_reached_changes_nothing(averaged):
-    _, states = averaged
-    early = next(t for t in range(STEPS) if (1 + t) / (10 + t) > 0.5)
-    expected = average_by_hand(states[:early], 1.0)
-    chex.assert_trees_all_close(states[early - 1].average, expected, rtol=1e-5, atol=1e-7)
-
-
 def test_a_run_without_an_average_has_none(averaged):
     _, states = run(None)
     assert [state.average for state in states] == [{}] * (STEPS + 1)

@@ -28,7 +28,7 @@ def bias(rng):
     return jnp.asarray(rng.normal(size=(J, D)), jnp.float32)
 
 
-# In turn they are tested by test_routings.py and, where the gradient flows, below.
+# test_routings.py compares classes in turn; with a gradient through all iterations both are below.
 def test_classes_together_have_routings_value_and_gradients(rng, bias, monkeypatch):
     monkeypatch.setattr(_dense_votes, "_map_by_platform", _dense_votes._map_together)
     weight = jnp.asarray(rng.normal(size=(J, N, D, K)), jnp.float32)

@@ -271,4 +271,6 @@ def test_a_network_with_any_routing_is_saved_and_loaded(value, routing, first, t
     weights.save(net, tmp_path / "net.safetensors")
     loaded = weights.load(tmp_path / "net.safetensors")
     assert loaded.config.routing == value
+    net.eval()
+    assert nnx.graphdef(loaded) == nnx.graphdef(net)  # the layer routes by it, too
     chex.assert_trees_all_equal(weights.arrays_of(loaded), weights.arrays_of(net))

@@ -2,8 +2,8 @@
 
 python slow_run.py SECONDS FLAGS
 
-Each step, evaluation of a batch, and set of pictures is announced by a line and then takes that
-many seconds longer.
+Each step and each evaluation of a batch is announced by a line and then takes that many seconds
+longer. The pictures are announced, take as long, and are not drawn.
 """
 
 import subprocess
