@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import re
+import signal
 import socket
 import sys
 import webbrowser
@@ -99,6 +100,8 @@ def main() -> None:
     """Does what the command line says, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
         serve()
+    # One more would interrupt what Python does at its end, which tells of it at length.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def serve() -> None:

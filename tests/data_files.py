@@ -11,12 +11,14 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from capsjax import data
+from capsjax.data import _download
 
 IDX_FILES = {
     "x_train": "train-images-idx3-ubyte",
@@ -171,7 +173,11 @@ class SilentHandler(http.server.SimpleHTTPRequestHandler):
 def serve(folder: Path, handler: type[SilentHandler] = SilentHandler) -> Iterator[str]:
     """Runs a web server on this machine and yields the URL of the folder."""
     make = functools.partial(handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server,
+        # The server may get no time of a busy machine for longer than a user would wait.
+        mock.patch.object(_download, "_PROBE_SECONDS", 60),
+    ):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

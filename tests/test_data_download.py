@@ -49,11 +49,11 @@ def serve_mnist(monkeypatch, served, handler=SilentHandler):
 
 
 def assert_refused(folder, *words, name="mnist"):
-    """Asserts that the download fails within 5 seconds, says why and leaves no file."""
+    """Asserts that the download fails long before the server stops waiting, and leaves no file."""
     start = time.monotonic()
     with pytest.raises(data.DataError) as error:
         data.load(name, folder, download=True)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     for word in words:
         assert word in str(error.value)
     assert not folder.exists() or not list(folder.iterdir())
@@ -112,6 +112,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, folder):
         port = silent.getsockname()[1]
         monkeypatch.setattr(stock.MNIST, "URL", f"http://127.0.0.1:{port}/")
         monkeypatch.setattr(_download, "_PROBE_SECONDS", 0.3)
+        monkeypatch.setattr(_download, "_MORE_SECONDS", 60)
         assert_refused(folder, "cannot be reached", "timed out", "check the network")
     assert not folder.exists()
 
@@ -120,11 +121,12 @@ def test_a_name_server_that_never_answers_is_given_up(monkeypatch, folder):
     waiting = threading.Event()
 
     def hang(*args, **options):
-        waiting.wait(20)
+        waiting.wait(600)
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    monkeypatch.setattr(_download, "_PROBE_SECONDS", -0.5)  # one second more is waited
+    monkeypatch.setattr(_download, "_PROBE_SECONDS", 0.25)
+    monkeypatch.setattr(_download, "_MORE_SECONDS", 0.25)
     assert_refused(folder, "no answer within 0.5 seconds", "check the network")
     waiting.set()
 
@@ -168,7 +170,7 @@ def test_a_server_that_stalls_in_the_middle_of_a_file_is_given_up(monkeypatch, s
         def copyfile(self, source, outputfile):
             self.wfile.write(source.read(100))
             self.wfile.flush()
-            waiting.wait(20)
+            waiting.wait(600)
 
     monkeypatch.setattr(_download, "_STALL_SECONDS", 0.5)
     with serve_mnist(monkeypatch, served, Stalls):
@@ -239,7 +241,7 @@ def interrupt(process: subprocess.Popen) -> str:
     for _ in range(10):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=2)[1]
+            return process.communicate(timeout=20)[1]
     pytest.fail("pressing Ctrl-C ten times did not end the process")
 
 
@@ -252,7 +254,7 @@ def test_ctrl_c_during_a_download_ends_the_process_and_leaves_nothing(served, fo
             self.wfile.write(source.read(100))
             self.wfile.flush()
             halfway.set()
-            waiting.wait(60)
+            waiting.wait(600)
 
     code = (
         # Background jobs, which continuous integration may run, start with SIGINT ignored.
@@ -267,7 +269,7 @@ def test_ctrl_c_during_a_download_ends_the_process_and_leaves_nothing(served, fo
         subprocess.Popen([*command, url], stderr=subprocess.PIPE, text=True) as process,
     ):
         try:
-            assert halfway.wait(60)
+            assert halfway.wait(300)
             assert list(folder.iterdir())
             errors = interrupt(process)
         finally:

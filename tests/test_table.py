@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+import markdown_tables
 import table
 from capsjax.networks._config_json import config_to_json
 from capsjax.run.command_line import parse
@@ -61,7 +62,7 @@ def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviati
         errors = [0.9, 0.2, error]  # the middle is the best and does not count
         write_run(tmp_path / "best" / str(seed), parse_words("mnist", words), errors)
     write_run(tmp_path / "alone" / "0", parse_words("mnist", ["--epochs", "1"]), [0.1])
-    made = table.make_table(table.COLUMNS, table.make_rows(table.read_results(tmp_path)))
+    made = markdown_tables.make_table(table.COLUMNS, table.make_rows(table.read_results(tmp_path)))
     mean, spread = statistics.mean(last.values()), statistics.stdev(last.values())
     machine = "1 core of Abacus, JAX 0.12, commit abc1234"
     assert made.splitlines()[2:] == [
@@ -75,14 +76,14 @@ def test_a_row_holds_the_last_epoch_of_each_seed_their_mean_and_standard_deviati
 
 
 def test_a_row_tells_every_machine_and_commit_of_its_runs(tmp_path):
-    for seed, changed in enumerate(({}, {"git": "def5678"}, {"cores": 2})):
+    for seed, changed in enumerate(({}, {"git": "def5678"}, {"cores": 2}, {"git": None})):
         folder = tmp_path / "mnist" / "one" / str(seed)
         write_run(folder, parse_words("mnist", ["--epochs", "1", "--seed", str(seed)]), [0.1])
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | changed))
     (row,) = table.make_rows(table.read_results(tmp_path / "mnist"))
     machines = "1 core of Abacus, JAX 0.12 and 2 cores of Abacus, JAX 0.12"
-    assert row["machine"] == f"{machines}, commit abc1234, def5678"
+    assert row["machine"] == f"{machines}, commit abc1234, def5678, unknown"
 
 
 def test_an_ensemble_has_a_row_with_its_command(tmp_path):
@@ -92,7 +93,7 @@ def test_an_ensemble_has_a_row_with_its_command(tmp_path):
     (tmp_path / "ensemble" / "test.json").write_text(json.dumps(test | about))
     assert table.read_results(tmp_path) == {}
     rows = [table.make_test_row(test) for test in table.read_tests(tmp_path)]
-    made = table.make_table(table.COLUMNS, rows)
+    made = markdown_tables.make_table(table.COLUMNS, rows)
     assert made.splitlines()[2:] == [
         "| an ensemble "
         "| `python experiments/mnist.py --testing --weights runs/best-0 runs/best-1` | 0.17 "
@@ -167,25 +168,25 @@ def test_the_command_of_a_row_gives_the_settings_of_its_run(tmp_path, experiment
 
 def test_the_text_between_the_marks_is_replaced_and_no_other(tmp_path):
     path = tmp_path / "page.md"
-    marks = {n: (table.BEGIN.format(n), table.END.format(n)) for n in "ab"}
+    marks = {n: (markdown_tables.BEGIN.format(n), markdown_tables.END.format(n)) for n in "ab"}
     parts = "".join(f"{begin}old\n{end}" for begin, end in marks.values())
     path.write_text(f"before\n{parts}after\n")
-    table.write_between_marks(path, "b", "new\n")
+    markdown_tables.write_between_marks(path, "b", "new\n")
     parts = "{}old\n{}{}new\n{}".format(*marks["a"], *marks["b"])
     assert path.read_text() == f"before\n{parts}after\n"
 
 
 @pytest.mark.parametrize("kept", ["begin", "end"])
 def test_a_file_without_one_of_the_marks_is_left_as_it_is(tmp_path, kept):
-    path, marks = tmp_path / "page.md", {"begin": table.BEGIN, "end": table.END}
+    path, marks = tmp_path / "page.md", {"begin": markdown_tables.BEGIN, "end": markdown_tables.END}
     path.write_text(f"before\n{marks[kept].format('a')}after\n")
     before = path.read_text()
     with pytest.raises(SystemExit, match=r"page\.md: there is no"):
-        table.write_between_marks(path, "a", "new\n")
+        markdown_tables.write_between_marks(path, "a", "new\n")
     assert path.read_text() == before
 
 
 def test_readme_and_the_page_of_trials_hold_what_the_script_makes():
     for (path, mark), text in table.make_tables().items():
-        part = f"{table.BEGIN.format(mark)}{text}{table.END.format(mark)}"
+        part = f"{markdown_tables.BEGIN.format(mark)}{text}{markdown_tables.END.format(mark)}"
         assert part in path.read_text(encoding="utf-8"), (path, mark)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from capsjax.data._dataset import DataError
 
 _PROBE_SECONDS = 3
+_MORE_SECONDS = 1  # for the lookup of the host's name
 _STALL_SECONDS = 30
 _CHUNK = 1 << 18
 _AGENT = {"User-Agent": "Mozilla/5.0 (compatible; capsjax)"}  # some servers reject Python's own
@@ -36,9 +37,10 @@ def probe(url: str) -> None:
     # In a thread, because the lookup of a host name cannot be given a timeout.
     thread = threading.Thread(target=lambda: outcome.append(_try_head(url)), daemon=True)
     thread.start()
-    thread.join(_PROBE_SECONDS + 1)
+    seconds = _PROBE_SECONDS + _MORE_SECONDS
+    thread.join(seconds)
     if not outcome:
-        raise DataError(f"{url}: no answer within {_PROBE_SECONDS + 1} seconds; {_ADVICE}")
+        raise DataError(f"{url}: no answer within {seconds} seconds; {_ADVICE}")
     if outcome[0] is not None:
         raise DataError(f"{url}: cannot be reached ({outcome[0]}); {_ADVICE}") from outcome[0]
 

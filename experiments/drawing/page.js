@@ -691,15 +691,16 @@ async function takeDigit(pad, number) {
 }
 
 async function openImage(pad, file) {
-  let image;
+  wait(1);
   try {
-    image = await createImageBitmap(file);
-  } catch {
-    return tell(`${file.name} is no image that this browser can show.`);
+    const image = await createImageBitmap(file).catch(() => null);
+    if (!image) return tell(`${file.name} is no image that this browser can show.`);
+    pad.put(image, { smooth: true });
+    if (!pad.colourful && pad.invertPaper())
+      tell("The paper was light, so the image was inverted: the network reads light on dark.");
+  } finally {
+    wait(-1);
   }
-  pad.put(image, { smooth: true });
-  if (!pad.colourful && pad.invertPaper())
-    tell("The paper was light, so the image was inverted: the network reads light on dark.");
 }
 
 async function main() {

@@ -1,11 +1,13 @@
 """Trains the tiny network as `tiny_run.py` does, but slowly, so that a test can interfere.
 
-python slow_run.py SECONDS FLAGS
+python slow_run.py SECONDS LINE NUMBER FLAGS
 
-Each step and each evaluation of a batch is announced by a line and then takes that many seconds
-longer. The pictures are announced, take as long, and are not drawn.
+Lines announce the loop ("begins"), each step ("trains"), each evaluation of a batch ("evaluates")
+and the pictures ("draws"), which are not drawn. What is announced takes that many seconds longer,
+from the time on that LINE is announced for the NUMBER-th time.
 """
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -16,33 +18,45 @@ from unittest import mock
 
 from capsjax.run import loop, main
 from hooks import stand_in
-from tiny_run import EXPERIMENT
+from tiny_run import EXPERIMENT, find_newest
 
 
-def slow_down(function: Callable, line: str, seconds: float) -> Callable:
-    """Makes a function print a line and wait before it does its work."""
+@dataclasses.dataclass
+class Brake:
+    """Announces what is called, and makes it take longer once a line was announced often enough."""
 
-    def slowed(*args: Any) -> Any:
-        print(line, flush=True)
-        time.sleep(seconds)
-        return function(*args)
+    seconds: float
+    line: str
+    number: int
 
-    return slowed
+    def slow_down(self, function: Callable, line: str) -> Callable:
+        """Makes a function print a line, and wait if it is time, before it does its work."""
+
+        def slowed(*args: Any) -> Any:
+            print(line, flush=True)
+            self.number -= line == self.line
+            if self.number <= 0:
+                time.sleep(self.seconds)
+            return function(*args)
+
+        return slowed
 
 
-def train_slowly(seconds: float, args: list[str]) -> None:
+def train_slowly(brake: Brake, args: list[str]) -> None:
     """Runs the command line with slow steps."""
     jit_steps = loop.jit_steps
 
     def jit_slow_steps(*args: Any) -> tuple[Callable, Callable]:
         train, evaluate = jit_steps(*args)
         return (
-            stand_in(train, slow_down(train, "trains", seconds)),
-            stand_in(evaluate, slow_down(evaluate, "evaluates", seconds)),
+            stand_in(train, brake.slow_down(train, "trains")),
+            stand_in(evaluate, brake.slow_down(evaluate, "evaluates")),
         )
 
-    draw = slow_down(lambda *_: None, "draws", seconds)
+    train = brake.slow_down(loop.Runner.train, "begins")
+    draw = brake.slow_down(lambda *_: None, "draws")
     with (
+        mock.patch.object(loop.Runner, "train", train),
         mock.patch.object(loop, "jit_steps", jit_slow_steps),
         mock.patch("capsjax.run.lifecycle.write_pictures", draw),
     ):
@@ -50,22 +64,22 @@ def train_slowly(seconds: float, args: list[str]) -> None:
 
 
 def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    """Waits until the run of a process has a checkpoint of that many steps."""
-    end = time.monotonic() + 120
-    while not (folder / "checkpoints").is_dir() or not [
-        step for step in (folder / "checkpoints").iterdir() if step.name == str(steps)
-    ]:
+    """Waits until the run of a process has a checkpoint of that many steps or more."""
+    end = time.monotonic() + 300
+    while find_newest(folder) < steps:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def choose_script(seconds: float) -> list[str]:
+def choose_script(slow: tuple[float, str, int] | None) -> list[str]:
     """Returns the script that trains at that speed, with its first arguments."""
     folder = Path(__file__).parent
-    slow = [str(folder / "slow_run.py"), str(seconds)]
-    return slow if seconds else [str(folder / "tiny_run.py")]
+    if slow is None:
+        return [str(folder / "tiny_run.py")]
+    return [str(folder / "slow_run.py"), *map(str, slow)]
 
 
 if __name__ == "__main__":
-    train_slowly(float(sys.argv[1]), sys.argv[2:])
+    seconds, line, number, *args = sys.argv[1:]
+    train_slowly(Brake(float(seconds), line, int(number)), args)

@@ -16,6 +16,7 @@ import pytest
 
 from slow_run import choose_script, wait_for_steps
 from tiny_run import (
+    find_newest,
     have_same_bits,
     list_steps,
     make_arguments,
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5  # an epoch: 60 training images in batches of 12, which 1, 2 and 4 processes divide
 EPOCHS = 4
+# What follows the first checkpoint of the second epoch takes so long that a test on a busy machine
+# still interferes in time.
+SLOW = (3, "trains", STEPS + 3)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def start(folder):
 
     @contextlib.contextmanager
     def start(
-        n: int, seconds=0.0, slurm=False, of_second=None, local_devices=1, draw=False, **flags
+        n: int, slow=None, slurm=False, of_second=None, local_devices=1, draw=False, **flags
     ) -> Iterator[list[subprocess.Popen]]:
         if not flags.keys() & {"resume", "testing"}:
             flags = {"data_dir": data, "epochs": EPOCHS, "batch_size": 12, **flags}
@@ -58,7 +62,7 @@ def start(folder):
                 flags |= {"coordinator": f"127.0.0.1:{free.getsockname()[1]}", "num_processes": n}
         processes = [
             subprocess.Popen(
-                [sys.executable, *choose_script(seconds)]
+                [sys.executable, *choose_script(slow)]
                 + make_arguments(
                     **flags | ((of_second or {}) if number else {}),
                     process_id=None if slurm or n == 1 else number,
@@ -164,15 +168,19 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
     start, folder, unbroken, killed
 ):
     save_dir = folder / f"killed-{killed}"
-    with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
+    with start(2, SLOW, save_dir=save_dir, checkpoint_steps=2) as processes:
         wait_for_steps(save_dir, STEPS + 2, processes[1 - killed])
         processes[killed].kill()
-        (status, _, err) = wait_for([processes[1 - killed]], timeout=60)[0]
+        (status, _, err) = wait_for([processes[1 - killed]])[0]
     # Whichever is first: the step that fails here, or JAX's service, which aborts the process.
     assert status in (1, -signal.SIGABRT)
-    assert re.search("error: process . of 2 failed or lost another one|another task died", err), err
+    assert re.search(
+        "error: process . of 2 failed or lost another one|another task died"
+        r"|a checkpoint cannot be written \(or another process is gone\)",
+        err,
+    ), err
     assert "Traceback" not in err
-    assert STEPS + 2 <= list_steps(save_dir)[-1] < EPOCHS * STEPS
+    assert STEPS + 2 <= find_newest(save_dir) < EPOCHS * STEPS
     alone = folder / f"killed-{killed}-alone"
     shutil.copytree(save_dir, alone)
     for n, resumed in ((2, save_dir), (1, alone)):
@@ -196,11 +204,11 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
     start, folder, unbroken, number, to, statuses
 ):
     save_dir = folder / f"{number.name}-{len(to)}"
-    with start(2, 0.2, save_dir=save_dir, checkpoint_steps=2) as processes:
+    with start(2, SLOW, save_dir=save_dir, checkpoint_steps=2) as processes:
         wait_for_steps(save_dir, STEPS + 2, processes[0])
         for process in to:
             processes[process].send_signal(number)
-        results = wait_for(processes, timeout=60)
+        results = wait_for(processes)
     assert [status for status, _, _ in results] == statuses, results
     assert STEPS + 2 < list_steps(save_dir)[-1] < EPOCHS * STEPS
     with start(2, resume=save_dir) as processes:
@@ -212,10 +220,10 @@ def test_a_signal_ends_all_after_the_same_step_with_a_checkpoint(
 def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, folder, unbroken):
     save_dir = folder / "evaluation"
     shutil.copytree(unbroken[2], save_dir)
-    with start(2, 0.5, resume=save_dir, epochs=EPOCHS + 1) as processes:
+    with start(2, (3, "evaluates", 1), resume=save_dir, epochs=EPOCHS + 1) as processes:
         wait_for_line("evaluates", processes[0])
         processes[0].send_signal(signal.SIGTERM)
-        assert [status for status, *_ in wait_for(processes, timeout=60)] == [143, 143]
+        assert [status for status, *_ in wait_for(processes)] == [143, 143]
     assert list_steps(save_dir)[-1] == (EPOCHS + 1) * STEPS
     with start(2, resume=save_dir) as processes:
         assert wait_for(processes)[0][0] == 0
@@ -223,25 +231,25 @@ def test_a_signal_in_the_last_evaluation_ends_all_and_it_is_done_again(start, fo
 
 
 def test_a_signal_after_the_last_evaluation_ends_all_at_once(start, folder):
-    with start(2, 1.5, save_dir=folder / "pictures", epochs=1) as processes:
+    with start(2, (600, "draws", 1), save_dir=folder / "pictures", epochs=1) as processes:
         wait_for_line("draws", processes[0])
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        results = wait_for(processes, timeout=60)
+        results = wait_for(processes)
     assert [status for status, *_ in results] == [-signal.SIGTERM] * 2, results
 
 
 def test_one_process_alone_ends_by_a_signal_before_its_first_step(start, folder):
-    with start(1, 0.2, save_dir=folder / "alone", slurm=True) as processes:
-        wait_for_line("data", processes[0])
+    with start(1, (600, "begins", 1), save_dir=folder / "alone", slurm=True) as processes:
+        wait_for_line("begins", processes[0])
         processes[0].send_signal(signal.SIGTERM)
-        status, _, _ = wait_for(processes, timeout=60)[0]
+        status, _, _ = wait_for(processes)[0]
     assert status == -signal.SIGTERM
 
 
 def test_a_batch_that_the_devices_do_not_divide_ends_all_in_words(start, folder):
     with start(2, save_dir=folder / "odd", batch_size=15) as processes:
-        results = wait_for(processes, timeout=120)
+        results = wait_for(processes)
     assert all(status for status, *_ in results)
     assert "2 devices do not divide a batch of 15 images evenly" in results[0][2]
     assert not (folder / "odd").exists()
@@ -269,10 +277,10 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_lost(start, fold
     save_dir = folder / "early"
     shutil.copytree(unbroken[2], save_dir)
     resumed = {"resume": save_dir, "epochs": EPOCHS + 2}
-    with start(2, 0.2, **resumed) as processes:
-        wait_for_line("[Gloo]", processes[0])
+    with start(2, (3, "begins", 1), **resumed) as processes:
+        wait_for_line("begins", processes[0])
         processes[1].send_signal(signal.SIGTERM)
-        assert [status for status, *_ in wait_for(processes, timeout=120)] == [143, 143]
+        assert [status for status, *_ in wait_for(processes)] == [143, 143]
     assert list_steps(save_dir)[-1] < (EPOCHS + 2) * STEPS
 
 
@@ -284,7 +292,7 @@ def test_processes_with_different_settings_or_images_are_refused(start, folder, 
     other = write_images(folder / "other.npz", y_train=arrays["y_train"][::-1].copy())
     changed = {name: other if v == "other" else v for name, v in differently.items()}
     with start(2, save_dir=folder / "differ", of_second=changed) as processes:
-        results = wait_for(processes, timeout=120)
+        results = wait_for(processes)
     assert all(status for status, *_ in results)
     assert f"error: the 2 processes have different {what}: " in results[0][2] + results[1][2]
     assert not (folder / "differ").exists()
@@ -292,7 +300,7 @@ def test_processes_with_different_settings_or_images_are_refused(start, folder, 
 
 def test_distributed_without_a_launcher_is_refused_in_words(start, folder):
     with start(1, save_dir=folder / "none", distributed=True) as processes:
-        status, _, err = wait_for(processes, timeout=120)[0]
+        status, _, err = wait_for(processes)[0]
     assert status == 2
     assert re.search("^error: the launcher .* does not say who .*: give --coordinator", err, re.M)
     assert err.count("\n") == 2

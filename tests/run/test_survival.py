@@ -19,6 +19,7 @@ import pytest
 from slow_run import choose_script, wait_for_steps
 from tiny_run import (
     STEPS,
+    find_newest,
     have_same_bits,
     list_steps,
     make_arguments,
@@ -31,6 +32,9 @@ from tiny_run import (
 pytestmark = pytest.mark.slow
 
 EPOCHS = 4
+# What follows the first checkpoint of the second epoch takes so long that a test on a busy machine
+# still interferes in time.
+SLOW = (3, "trains", STEPS + 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +49,11 @@ def run(folder):
     environment = make_environment(folder / "home")
 
     @contextlib.contextmanager
-    def run(seconds=0.0, resume=None, before=(), **flags) -> Iterator[subprocess.Popen]:
+    def run(slow=None, resume=None, before=(), **flags) -> Iterator[subprocess.Popen]:
         new = {"data_dir": images, "epochs": EPOCHS, **flags}
         args = make_arguments(resume=resume, **({} if resume else new))
         process = subprocess.Popen(
-            [*before, sys.executable, *choose_script(seconds), *args],
+            [*before, sys.executable, *choose_script(slow), *args],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -78,12 +82,6 @@ def unbroken(run, folder):
     return folder / "unbroken"
 
 
-def find_newest(folder: Path) -> int:
-    """Returns the step of a run's last whole checkpoint, 0 without any."""
-    names = [path.name for path in folder.glob("checkpoints/*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def assert_resumed(run, folder: Path, unbroken: Path) -> None:
     """Resumes a run and compares all that it leaves with the undisturbed one."""
     with run(resume=folder) as process:
@@ -101,10 +99,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_continues(
     run, folder, unbroken, number, status
 ):
     save_dir = folder / number.name
-    with run(0.2, save_dir=save_dir, checkpoint_steps=2) as process:
+    with run(SLOW, save_dir=save_dir, checkpoint_steps=2) as process:
         wait_for_steps(save_dir, STEPS + 2, process)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == status
     assert f"{number.name}: ends after this step, with a checkpoint" in out
     assert "Traceback" not in out
@@ -114,16 +112,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resume_continues(
 
 def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
     save_dir = folder / "twice"
-    with run(5, save_dir=save_dir, checkpoint_steps=1) as process:
+    with run((600, "trains", 2), save_dir=save_dir, checkpoint_steps=1) as process:
         wait_for_steps(save_dir, 1, process)
         process.send_signal(signal.SIGINT)
         for line in process.stdout:
             if "SIGINT: ends after this step" in line:
                 break
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-        assert time.monotonic() - start < 4
+        process.wait(timeout=300)  # the step takes 600 s
     assert process.returncode == -signal.SIGINT
     assert_resumed(run, save_dir, unbroken)
 
@@ -131,10 +127,10 @@ def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
 @pytest.mark.parametrize("steps", [2, STEPS + 4])
 def test_a_killed_run_is_resumed_to_the_same_bits(run, folder, unbroken, steps):
     save_dir = folder / f"killed-{steps}"
-    with run(0.1, save_dir=save_dir, checkpoint_steps=2) as process:
+    with run((3, "trains", steps + 1), save_dir=save_dir, checkpoint_steps=2) as process:
         wait_for_steps(save_dir, steps, process)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert_resumed(run, save_dir, unbroken)
 
@@ -146,14 +142,14 @@ def test_a_dozen_kills_at_random_moments_lose_nothing(run, folder):
     rng, saved = np.random.default_rng(0), [0]
     for number in range(12):
         begun = (killed / "config.json").exists()
-        flags = {"resume": killed} if begun else {"save_dir": killed, "epochs": 10}
+        new = {"save_dir": killed, "epochs": 10, "checkpoint_steps": 1}
         # While it starts, in a step, or in the save that follows each.
-        with run(1.0, **flags, **({} if begun else {"checkpoint_steps": 1})) as process:
+        with run((1, "trains", 1), **{"resume": killed} if begun else new) as process:
             if number % 2:
                 wait_for_steps(killed, saved[-1] + 1, process)
             time.sleep(rng.uniform(0, 3))
             process.kill()
-            assert process.wait(timeout=60) == -signal.SIGKILL, process.communicate()[0]
+            assert process.wait(timeout=300) == -signal.SIGKILL, process.communicate()[0]
         saved.append(find_newest(killed))
     assert len(set(saved)) > 6
     assert_resumed(run, killed, undisturbed)
@@ -193,7 +189,7 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder,
     small = ["unshare", "--mount", "--map-root-user", "sh", "-c", SMALL_DISK, str(disk)]
     if subprocess.run([*small, "true"], input=b"\n", capture_output=True).returncode:
         pytest.skip("this system lets no user mount a file system of their own")
-    with run(0.2, before=small, save_dir=disk / "run", checkpoint_steps=2) as process:
+    with run(SLOW, before=small, save_dir=disk / "run", checkpoint_steps=2) as process:
         inside = Path(f"/proc/{process.pid}/root{disk}")
         wait_for_steps(inside / "run", STEPS + 2, process)
         with ThreadPoolExecutor() as pool:

@@ -117,6 +117,12 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
+def find_newest(folder: Path) -> int:
+    """Returns the step of a run's last whole checkpoint, 0 without any."""
+    names = [path.name for path in folder.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """Reads a run's last checkpoint: every parameter, Adam's moments, the step, the sums."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
