@@ -33,7 +33,7 @@ from capsjax.run.lifecycle import failures
 from capsjax.run.machine import configure
 from capsjax.run.pictures import write
 from capsjax.viz._text import DPI, FONT, write_title
-from table import format_mean, make_table
+from markdown_tables import format_mean, make_table
 
 
 def change(network: CapsNetConfig | None = None, **training: Any) -> Preset:

@@ -2,9 +2,9 @@
 
 python experiments/table.py
 
-Rewrites the tables in the README and in results/trials.md, and the figure results/mnist.png. The
-error is that of the last epoch; the standard deviation is that of the seeds. An ensemble stands in
-results/mnist/NAME/test.json, as `mnist.py --testing` leaves it.
+Rewrites the tables in the README and in results/trials.md, and the figures results/mnist.png and
+results/ablation.png. The error is that of the last epoch; the standard deviation is that of the
+seeds. An ensemble stands in results/mnist/NAME/test.json, as `mnist.py --testing` leaves it.
 """
 
 import csv
@@ -24,6 +24,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+import ablation
 import affnist
 import mnist
 import multi_mnist
@@ -34,6 +35,7 @@ from capsjax.run import Experiment
 from capsjax.run.pictures import write
 from capsjax.run.settings import Settings, from_json, to_json
 from capsjax.viz._text import DPI, FONT, write_title
+from markdown_tables import format_mean, make_table, write_between_marks
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
@@ -42,11 +44,10 @@ EXPERIMENTS = {
     "trials": trials.TRIALS,
     "multi_mnist": multi_mnist.MULTI_MNIST,
     "affnist": affnist.AFFNIST,
+    "ablation": ablation.ABLATION,
 }
 # Folders of results that are not named like their script.
 SCRIPTS = {"other_data": "mnist"}
-BEGIN = "<!-- {}: python experiments/table.py -->\n"
-END = "<!-- end of {} -->\n"
 COLUMNS = (
     "name",
     "network, routing",
@@ -59,6 +60,8 @@ COLUMNS = (
 )
 # Of the networks that were stopped at a target, how much they misread of what was held out.
 OTHER_COLUMNS = ("data", *COLUMNS[1:4], "held out, %", *COLUMNS[4:])
+# One command trains all networks of the ablation.
+ABLATION_COLUMNS = ("name", *COLUMNS[4:])
 
 
 class Run(NamedTuple):
@@ -114,13 +117,6 @@ def read_tests(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def make_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
-    """Makes a table in Markdown of rows by column, without columns of which no row has anything."""
-    columns = [column for column in columns if any(row.get(column) for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def make_rows(results: Mapping[str, list[Run]], column: str = "test_error") -> list[dict[str, str]]:
     """Makes a row for each name, in the order of the mean error."""
     ordered = sorted(results.items(), key=lambda item: mean_error(item[1], column))
@@ -159,13 +155,6 @@ def make_test_row(test: Mapping[str, Any]) -> dict[str, str]:
         "error, %": f"{test['test']['error']:.2f}",
         "machine": describe_machines([test]),
     }
-
-
-def format_mean(errors: Sequence[float]) -> str:
-    """Writes the mean and, of several seeds, the standard deviation."""
-    if len(errors) == 1:
-        return f"{errors[0]:.2f}"
-    return f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
 
 
 def describe_data(run: Run) -> str:
@@ -228,7 +217,7 @@ def find_defaults(experiment: Experiment, run: Run) -> dict[str, dict[str, Any]]
 def describe_machines(configs: Sequence[Mapping[str, Any]]) -> str:
     """Describes what runs were made on, and by which code."""
     machines = dict.fromkeys(map(describe_machine, configs))
-    commits = dict.fromkeys(config["git"] for config in configs)
+    commits = dict.fromkeys(config["git"] or "unknown" for config in configs)
     return f"{' and '.join(machines)}, commit {', '.join(commits)}"
 
 
@@ -238,15 +227,6 @@ def describe_machine(config: Mapping[str, Any]) -> str:
     device = config["device"]
     machine = f"{cores} of {config['processor']}" if "cpu" in device else device
     return f"{machine}, JAX {config['versions']['jax']}"
-
-
-def write_between_marks(path: Path, mark: str, text: str) -> None:
-    """Replaces what stands between the two marks of a name in a file."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN.format(mark))
-    _, end, after = rest.partition(END.format(mark))
-    if not (begin and end):
-        raise SystemExit(f"{path}: there is no {BEGIN.format(mark)}…\n{END.format(mark)}")
-    path.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 
 def draw(results: dict[str, list[Run]]) -> Figure:
@@ -278,10 +258,12 @@ def make_tables() -> dict[tuple[Path, str], str]:
         for folder in ("multi_mnist", "affnist", "other_data")
         for row in make_rows(read_results(RESULTS / folder))
     ]
+    changed = read_results(RESULTS / "ablation")
     tried = make_rows(read_results(RESULTS / "trials"), "validation_error")
     return {
         (README, "mnist"): make_table(COLUMNS, tests + make_rows(read_results(RESULTS / "mnist"))),
         (README, "others"): make_table(OTHER_COLUMNS, others),
+        (README, "ablation"): make_table(ABLATION_COLUMNS, make_rows(changed)),
         (RESULTS / "trials.md", "trials"): make_table(COLUMNS, tried),
     }
 
@@ -292,6 +274,13 @@ def main() -> None:
         write_between_marks(path, mark, table)
         print(table)
     write(draw(read_results(RESULTS / "mnist")), RESULTS / "mnist.png")
+    changed = read_results(RESULTS / "ablation")
+    errors = {
+        name: [run.read("test_error")[-1] for run in changed[name]]
+        for name in ablation.GRID
+        if name in changed
+    }
+    write(ablation.draw(errors), RESULTS / "ablation.png")
 
 
 if __name__ == "__main__":
