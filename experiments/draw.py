@@ -100,8 +100,6 @@ def main() -> None:
     """Does what the command line says, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
         serve()
-    # One more would interrupt what Python does at its end, which tells of it at length.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def serve() -> None:
@@ -128,6 +126,9 @@ def serve() -> None:
         config = uvicorn.Config(
             app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
         )
+        # Once the server has stopped, Ctrl-C ends the process without a traceback, even if it is
+        # pressed again while Python shuts down.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         uvicorn.Server(config).run(sockets=[opened])
 
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and their places in a file."""
+"""Tables in Markdown, and the marked places in files where table.py writes them."""
 
 import statistics
 from collections.abc import Mapping, Sequence

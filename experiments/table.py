@@ -119,8 +119,12 @@ def read_tests(folder: Path) -> list[dict[str, Any]]:
 
 def make_rows(results: Mapping[str, list[Run]], column: str = "test_error") -> list[dict[str, str]]:
     """Makes a row for each name, in the order of the mean error."""
-    ordered = sorted(results.items(), key=lambda item: mean_error(item[1], column))
-    return [make_row(name, runs, column) for name, runs in ordered]
+    return [make_row(name, runs, column) for name, runs in sort(results, column).items()]
+
+
+def sort(results: Mapping[str, list[Run]], column: str = "test_error") -> dict[str, list[Run]]:
+    """Sorts names by the mean error of their runs."""
+    return dict(sorted(results.items(), key=lambda item: mean_error(item[1], column)))
 
 
 def make_row(name: str, runs: list[Run], column: str) -> dict[str, str]:
@@ -250,6 +254,14 @@ def draw(results: dict[str, list[Run]]) -> Figure:
     return figure
 
 
+def draw_ablation(results: Mapping[str, list[Run]]) -> Figure:
+    """Draws the last epoch's errors of the networks that differ in one part."""
+    runs_by_name = sort(results).items()
+    return ablation.draw(
+        {name: [run.read("test_error")[-1] for run in runs] for name, runs in runs_by_name}
+    )
+
+
 def make_tables() -> dict[tuple[Path, str], str]:
     """Makes each table, by the file and the mark where it stands."""
     tests = [make_test_row(test) for test in read_tests(RESULTS / "mnist")]
@@ -269,18 +281,12 @@ def make_tables() -> dict[tuple[Path, str], str]:
 
 
 def main() -> None:
-    """Makes the tables and the figure, and prints the tables."""
+    """Makes the tables and the figures, and prints the tables."""
     for (path, mark), table in make_tables().items():
         write_between_marks(path, mark, table)
         print(table)
     write(draw(read_results(RESULTS / "mnist")), RESULTS / "mnist.png")
-    changed = read_results(RESULTS / "ablation")
-    errors = {
-        name: [run.read("test_error")[-1] for run in changed[name]]
-        for name in ablation.GRID
-        if name in changed
-    }
-    write(ablation.draw(errors), RESULTS / "ablation.png")
+    write(draw_ablation(read_results(RESULTS / "ablation")), RESULTS / "ablation.png")
 
 
 if __name__ == "__main__":

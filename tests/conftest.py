@@ -3,8 +3,6 @@
 import itertools
 import os
 import re
-import subprocess
-import sys
 
 # Before jax starts. Tests compare with float64 and place arrays on eight devices: a CPU's work.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from filelock import FileLock
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,15 +40,8 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _matplotlib_folder(shared_folder):
-    """Gives all tests and their processes one folder, in which matplotlib lists the fonts once.
-
-    Where that takes longer than 5 seconds, it says so, and tests read what a process says.
-    """
-    folder = shared_folder / "matplotlib"
-    os.environ["MPLCONFIGDIR"] = str(folder)
-    with FileLock(shared_folder / "matplotlib.lock"):
-        if not folder.exists():
-            subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=True)
+    """Gives all tests and their processes one folder, in which matplotlib lists the fonts once."""
+    os.environ["MPLCONFIGDIR"] = str(shared_folder / "matplotlib")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -175,7 +175,7 @@ def serve(folder: Path, handler: type[SilentHandler] = SilentHandler) -> Iterato
     make = functools.partial(handler, directory=str(folder))
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server,
-        # The server may get no time of a busy machine for longer than a user would wait.
+        # On a busy machine the server may not run for longer than the 3 seconds of a user.
         mock.patch.object(_download, "_PROBE_SECONDS", 60),
     ):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

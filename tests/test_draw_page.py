@@ -43,7 +43,7 @@ def serve(*words: str):
             line = process.stdout.readline()
             yield process, re.search(r"http://\S+", line)[0]
         finally:
-            process.terminate()
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +283,9 @@ def test_a_late_answer_does_not_overwrite_a_newer_picture(open_page, address):
     drawn = picture(page, ".drawn")
     delayed = []
     page.route("**/draw", lambda route: delayed.append(route))
-    page.locator(".numbers input").nth(2).fill("0.9")
-    while not delayed:
+    with page.expect_request("**/draw"):
+        page.locator(".numbers input").nth(2).fill("0.9")
+    while not delayed:  # the request is on its way to the route
         page.wait_for_timeout(10)
     page.click(".reset")
     assert len(delayed) == 1

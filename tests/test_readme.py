@@ -105,6 +105,9 @@ def test_every_file_and_folder_of_the_tree_exists():
     assert len(paths) > 14
     for path in paths:
         assert (ROOT / "capsjax" / path).exists(), path
+    (listed,) = re.findall(r"^experiments/ (.*?)^tests/", README, re.MULTILINE | re.DOTALL)
+    scripts = re.findall(r"\w+\.py", listed)
+    assert sorted(scripts) == sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 
 def test_every_linked_file_exists():

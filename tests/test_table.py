@@ -117,6 +117,27 @@ def test_a_run_that_reached_its_target_counts_and_tells_how_much_it_misread_of_w
     assert row["command"] == "`python experiments/affnist.py --preset cnn --seed 0 --target 91.0`"
 
 
+def test_the_ablation_has_a_row_and_a_place_in_the_figure_for_each_network(tmp_path):
+    for name, errors in (("random", [[3, 2.5]]), ("routings-3", [[3, 1.5], [2, 1.25]])):
+        for seed, each in enumerate(errors):
+            settings = table.EXPERIMENTS["ablation"].settings(name)
+            changed = dataclasses.replace(settings.training, epochs=2)
+            settings = dataclasses.replace(settings, training=changed)
+            folder = tmp_path / "ablation" / name / str(seed)
+            write_run(folder, complete("ablation", settings), each, experiment="ablation")
+    results = table.read_results(tmp_path / "ablation")
+    made = markdown_tables.make_table(table.ABLATION_COLUMNS, table.make_rows(results))
+    machine = "1 core of Abacus, JAX 0.12, commit abc1234"
+    assert made.splitlines()[2:] == [
+        f"| routings-3 | 1.375 ± 0.177 | 1.50, 1.25 | 2 × 100 s | {machine} |",
+        f"| random | 2.50 | 2.50 | 2 × 100 s | {machine} |",
+    ]
+    (axes,) = table.draw_ablation(results).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["routings-3", "random"]
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "."]
+    assert dots == [[1.5, 1.25], [2.5]]
+
+
 def test_other_data_are_named_and_their_classes_counted(tmp_path):
     settings = parse_words("mnist", ["--dataset", "clipart", "--epochs", "1"])
     folder = tmp_path / "other_data" / "clipart" / "0"

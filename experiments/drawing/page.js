@@ -36,7 +36,7 @@ function fail(error) {
   tell(error.message);
 }
 
-let awaited = 0; // answers, and delays before something is asked
+let awaited = 0; // answers, images being opened, and delays before something is asked
 
 function wait(more) {
   awaited += more;

@@ -2,9 +2,9 @@
 
 python slow_run.py SECONDS LINE NUMBER FLAGS
 
-Lines announce the loop ("begins"), each step ("trains"), each evaluation of a batch ("evaluates")
-and the pictures ("draws"), which are not drawn. What is announced takes that many seconds longer,
-from the time on that LINE is announced for the NUMBER-th time.
+Prints a line when the loop begins ("begins"), before each step ("trains"), each evaluation of a
+batch ("evaluates") and the pictures ("draws"), which are not drawn. From the NUMBER-th time that
+LINE is printed, all that is announced takes SECONDS longer.
 """
 
 import dataclasses
@@ -23,19 +23,20 @@ from tiny_run import EXPERIMENT, find_newest
 
 @dataclasses.dataclass
 class Brake:
-    """Announces what is called, and makes it take longer once a line was announced often enough."""
+    """Prints a line before each call, and once one was printed often enough, delays the calls."""
 
     seconds: float
     line: str
-    number: int
+    left: int  # how often that line is still printed without a delay, and one more
 
     def slow_down(self, function: Callable, line: str) -> Callable:
-        """Makes a function print a line, and wait if it is time, before it does its work."""
+        """Makes a function print a line, and wait if it is to be late, before it does its work."""
 
         def slowed(*args: Any) -> Any:
             print(line, flush=True)
-            self.number -= line == self.line
-            if self.number <= 0:
+            if line == self.line:
+                self.left -= 1
+            if self.left <= 0:
                 time.sleep(self.seconds)
             return function(*args)
 

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5  # an epoch: 60 training images in batches of 12, which 1, 2 and 4 processes divide
 EPOCHS = 4
-# What follows the first checkpoint of the second epoch takes so long that a test on a busy machine
-# still interferes in time.
+# Slow from the step after the second epoch's first checkpoint, so that a test interferes in time
+# even on a busy machine.
 SLOW = (3, "trains", STEPS + 3)
 
 
@@ -172,7 +172,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_any_number(
         wait_for_steps(save_dir, STEPS + 2, processes[1 - killed])
         processes[killed].kill()
         (status, _, err) = wait_for([processes[1 - killed]])[0]
-    # Whichever is first: the step that fails here, or JAX's service, which aborts the process.
+    # Whichever comes first: a failed step, a failed checkpoint, or JAX's service, which aborts.
     assert status in (1, -signal.SIGABRT)
     assert re.search(
         "error: process . of 2 failed or lost another one|another task died"

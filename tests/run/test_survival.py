@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,14 +33,31 @@ from tiny_run import (
 pytestmark = pytest.mark.slow
 
 EPOCHS = 4
-# What follows the first checkpoint of the second epoch takes so long that a test on a busy machine
-# still interferes in time.
+# Slow from the step after the second epoch's first checkpoint, so that a test interferes in time
+# even on a busy machine.
 SLOW = (3, "trains", STEPS + 3)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("survival")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kills a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def time_limit(process: subprocess.Popen) -> Iterator[None]:
+    """Kills a process that has not done within 300 seconds what a test waits for."""
+    timer = threading.Timer(300, kill_all, [process])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +82,7 @@ def run(folder):
         try:
             yield process
         finally:
-            process.kill()
+            kill_all(process)
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 pipe.close()
@@ -115,9 +133,8 @@ def test_a_second_interrupt_ends_the_run_at_once(run, folder, unbroken):
     with run((600, "trains", 2), save_dir=save_dir, checkpoint_steps=1) as process:
         wait_for_steps(save_dir, 1, process)
         process.send_signal(signal.SIGINT)
-        for line in process.stdout:
-            if "SIGINT: ends after this step" in line:
-                break
+        with time_limit(process):
+            assert any("SIGINT: ends after this step" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=300)  # the step takes 600 s
     assert process.returncode == -signal.SIGINT
@@ -166,7 +183,7 @@ read line
 
 
 def fill_up(disk: Path, left: int) -> None:
-    """Fills a disk but for some bytes, or wholly if another writes at the same time."""
+    """Fills a disk except for `left` bytes, or wholly if something else writes meanwhile."""
     sizes = os.statvfs(disk)
     with (disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         file.write(bytes(max(0, sizes.f_bavail * sizes.f_frsize - left)))
@@ -192,7 +209,7 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_what_was_sound(run, folder,
     with run(SLOW, before=small, save_dir=disk / "run", checkpoint_steps=2) as process:
         inside = Path(f"/proc/{process.pid}/root{disk}")
         wait_for_steps(inside / "run", STEPS + 2, process)
-        with ThreadPoolExecutor() as pool:
+        with time_limit(process), ThreadPoolExecutor() as pool:
             reading = pool.submit(read_to_status, process.stdout)
             # Again and again: the run may be about to delete a checkpoint, which makes room.
             while not reading.done():
