@@ -115,7 +115,7 @@ def draw(errors: Mapping[str, Sequence[float]]) -> Figure:
         axes.axvline(statistics.mean(errors[CONTROL]), color="C1", linewidth=0.8, alpha=0.5)
     axes.set_yticks(range(len(errors)), list(errors), fontproperties=FONT)
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * axes.get_xlim()[1])  # with place for the last dot
     write_title(axes, "test error (% of images): each seed, mean ± standard deviation")
     axes.grid(axis="x", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
