@@ -1,18 +1,16 @@
 """The command of the page: what it refuses, and what it tells."""
 
-import contextlib
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 
 import pytest
 
 import draw
+from served_page import serve
 
 
 @pytest.mark.parametrize(
@@ -57,20 +55,6 @@ def test_a_port_that_is_taken_is_refused_in_words(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             draw.main()
     assert f"--port {port} cannot be served at" in capsys.readouterr().err
-
-
-@contextlib.contextmanager
-def serve(*words: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Starts the command as a user does; yields its process and the address that it tells."""
-    command = [sys.executable, draw.__file__, "--no-open", "--port", "0", *words]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            yield process, process.stdout.readline().split()[1]
-        finally:
-            process.kill()
 
 
 def press_ctrl_c(process: subprocess.Popen, address: str, times: int = 1) -> str:

@@ -1,16 +1,11 @@
 """The page in a browser: a person draws, moves sliders, takes digits and saves what is seen."""
 
 import base64
-import contextlib
 import io
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import urllib.request
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -20,8 +15,8 @@ from playwright.sync_api import sync_playwright
 
 from data_files import load_mnist
 from drawn_digits import DIGITS
+from served_page import serve
 
-DRAW = Path(__file__).parents[1] / "experiments" / "draw.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # The page paints its pad in the browser's next frame.
 NEXT_FRAME = "new Promise(done => requestAnimationFrame(() => setTimeout(done)))"
@@ -29,21 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium"),
 ]
-
-
-@contextlib.contextmanager
-def serve(*words: str):
-    """Starts the command as a user does, and yields its process and the address of its page."""
-    path = os.pathsep.join(sys.path)
-    command = [sys.executable, str(DRAW), "--no-open", "--port", "0", *words]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            yield process, re.search(r"http://\S+", line)[0]
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +265,9 @@ def test_a_late_answer_does_not_overwrite_a_newer_picture(open_page, address):
     page.route("**/draw", lambda route: delayed.append(route))
     with page.expect_request("**/draw"):
         page.locator(".numbers input").nth(2).fill("0.9")
-    while not delayed:  # the request is on its way to the route
+    for _ in range(6000):  # the request is on its way to the route
+        if delayed:
+            break
         page.wait_for_timeout(10)
     page.click(".reset")
     assert len(delayed) == 1
